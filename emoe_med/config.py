@@ -1,0 +1,264 @@
+"""One file is one run: the schema of a run's configuration, and a YAML reader that refuses surprises.
+
+Unknown keys are refused with their exact path; every default that a run used ends up in its `config.yaml`.
+Importing this module loads neither torch nor MONAI; router and expert options are checked against their own
+dataclasses when a file is read.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from emoe_med.errors import ConfigError, Fault
+
+MAX_CONFIG_BYTES = 1_000_000
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """From manifest to tensors."""
+
+    spacing_mm: float = Field(1.0, gt=0, le=16, description="voxel edge of the model's input")
+    align: Literal["affine", "centred"] = Field("affine", description="to the MNI template, or centre only")
+    mask: Literal["auto", "brain", "head"] = Field(
+        "auto", description="auto: the manifest's masks where every row has one, else the whole head"
+    )
+    folds: int = Field(5, ge=2, description="cross-validation folds over persons")
+    val_share: float = Field(
+        0.1, gt=0, lt=0.5, description="share of the non-test persons kept for validation"
+    )
+    split_seed: int = Field(0, description="who is in which fold; one for all arms and training seeds")
+
+
+class AugmentConfig(Section):
+    """Random changes of a training volume; ranges are half-widths of uniform distributions."""
+
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a left-right flip")
+    rotate_degrees: float = Field(0.0, ge=0, le=45)
+    scale: float = Field(0.0, ge=0, le=0.3)
+    shift_mm: float = Field(0.0, ge=0, le=30)
+    gain: float = Field(0.0, ge=0, le=0.5, description="of the intensity inside the head")
+
+
+class MoEConfig(Section):
+    """A routed layer: where, which router, which experts."""
+
+    after_block: int = Field(ge=1)
+    num_experts: int = Field(8, ge=1)
+    top_k: int = Field(1, ge=1)
+    router: dict[str, Any] = Field({"kind": "eigen"}, validate_default=True, description="kind and options")
+    experts: dict[str, Any] = Field({"kind": "mlp"}, validate_default=True, description="kind and options")
+
+    @field_validator("router", "experts")
+    @classmethod
+    def _known_options(cls, value: dict[str, Any], info: Any) -> dict[str, Any]:
+        from emoe_med.moe import EXPERTS, ROUTERS
+
+        table = ROUTERS if info.field_name == "router" else EXPERTS
+        kind = value.get("kind")
+        if kind not in table:
+            raise ValueError(f"kind {kind!r} is not one of {', '.join(table)}")
+        _, options = table[kind]
+        given = {key: item for key, item in value.items() if key != "kind"}
+        unknown = given.keys() - options.__dataclass_fields__.keys()
+        if unknown:
+            raise ValueError(f"{kind} has no option {', '.join(sorted(unknown))}")
+        return {"kind": kind, **asdict(TypeAdapter(options).validate_python(given))}
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> MoEConfig:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} is larger than num_experts {self.num_experts}")
+        return self
+
+
+class ModelConfig(Section):
+    """SFCN, plain or with one routed layer."""
+
+    channels: tuple[Annotated[int, Field(ge=1)], ...] = (32, 64, 128, 256, 256)
+    pooled: int = Field(5, ge=0, description="how many blocks halve the map")
+    neck: int = Field(64, ge=1)
+    stem: int = Field(1, ge=1, le=4, description="edge of the voxel cube folded into channels; 1 is off")
+    dropout: float = Field(0.5, ge=0, lt=1)
+    head: Literal["soft_label", "l1"] = "soft_label"
+    moe: MoEConfig | None = None
+
+    @model_validator(mode="after")
+    def _layer_in_net(self) -> ModelConfig:
+        if self.moe is not None and self.moe.after_block > len(self.channels):
+            raise ValueError(
+                f"moe.after_block {self.moe.after_block}: the net has {len(self.channels)} blocks"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """The optimisation, shared by all tasks."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(8, ge=1, description="samples per step and rank, before accumulation")
+    accumulate: int = Field(1, ge=1, description="batches per optimiser step")
+    lr: float = Field(gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["cosine", "one_cycle"] = "cosine"
+    warmup_share: float = Field(0.1, ge=0, lt=1)
+    final_lr_share: float = Field(0.0, ge=0, le=1)
+    clip_norm: float = Field(1.0, gt=0)
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = True
+    deterministic: bool = True
+    threads: int | None = Field(None, ge=1, description="CPU threads; None leaves torch's choice")
+    workers: int = Field(0, ge=0, description="loader processes")
+    checkpoint_minutes: float = Field(5.0, ge=0)
+    skip_nonfinite: int = Field(0, ge=0, description="non-finite steps to skip before stopping")
+    select: Literal["best", "last"] = Field("best", description="epoch by validation, or the last one")
+    seed: int = 0
+
+
+class EvaluationConfig(Section):
+    """How predictions are made and scored."""
+
+    flip_average: bool = Field(False, description="average the prediction with that of the mirrored head")
+    bootstrap: int = Field(2000, ge=1000, description="draws over persons")
+
+
+class TrackingConfig(Section):
+    """Where metrics go besides the run folder."""
+
+    mlflow: bool = True
+    allow_remote: bool = Field(False, description="permit an https tracking server that is not on loopback")
+
+
+class BrainAgeConfig(Section):
+    """One brain-age run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses doubled keys and aliases, and reads 1e-3 as the number it is."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 wants a dot and a signed exponent in a float, so that 1e-3 would become text
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse(text: str) -> Any:
+    loader = _StrictLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: Missing, larger than 1 MB, not YAML, a doubled key, an alias, a tag, or no mapping.
+    """
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(Fault("CFG-SIZE", "configuration is larger than 1 MB", str(path)))
+        values = _parse(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(Fault("CFG-MISSING", error.strerror or "cannot be read", str(path))) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(Fault("CFG-YAML", "not UTF-8 text", str(path))) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or str(error)
+        row = None if mark is None else mark.line + 1
+        raise ConfigError(Fault("CFG-YAML", reason, str(path), row)) from error
+    if not isinstance(values, dict):
+        raise ConfigError(Fault("CFG-YAML", "the file holds no mapping of keys to values", str(path)))
+    return values
+
+
+def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Apply `a.b=c` assignments to a nested mapping; c is read as YAML.
+
+    Raises:
+        ConfigError: Not of the form key=value.
+    """
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise ConfigError(
+                Fault("CFG-SET", f"--set {assignment}: expected key=value, e.g. training.lr=1e-3")
+            )
+        *parents, leaf = key.split(".")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigError(Fault("CFG-SET", f"--set {assignment}: {parent} is not a section"))
+        section[leaf] = _parse(text)
+    return values
+
+
+def load_run(path: Path, assignments: list[str] | None = None) -> BrainAgeConfig:
+    """Read a brain-age run file and apply `--set` assignments.
+
+    Raises:
+        ConfigError: All faults of the file at once, each with the path of its key.
+    """
+    values = override(read_yaml(path), assignments or [])
+    try:
+        return BrainAgeConfig.model_validate(values)
+    except ValidationError as error:
+        faults = []
+        for item in error.errors():
+            where = ".".join(map(str, item["loc"]))
+            faults.append(Fault("CFG-KEY", f"{where}: {item['msg']}", str(path)))
+        raise ConfigError(*faults) from error
+
+
+def dump_run(config: BrainAgeConfig) -> str:
+    """Return the complete configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

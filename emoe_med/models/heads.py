@@ -1,0 +1,63 @@
+"""How a network's output becomes an age: soft labels over bins, or one standardised number."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SoftLabelHead(nn.Module):
+    """Age as a distribution over bins; the prediction is its mean.
+
+    Target: mass of Normal(age, sigma) in each bin, renormalised; SFCN's fixed bins 42-82 keep half of the
+    mass at 82 and none at 90, so bins span the training ages plus 3 sigma. Loss: KL(target || output), mean
+    over the batch. Source: Peng et al. 2021; renormalisation and span are ours.
+    """
+
+    def __init__(self, ages: Tensor, bin_years: float = 1.0, sigma_years: float = 1.0) -> None:
+        super().__init__()
+        low = torch.floor((ages.min() - 3 * sigma_years) / bin_years) * bin_years
+        high = ages.max() + 3 * sigma_years
+        edges = torch.arange(float(low), float(high) + bin_years, bin_years)
+        self.sigma_years = sigma_years
+        self.register_buffer("edges", edges)
+        self.outputs = len(edges) - 1
+
+    def target(self, age: Tensor) -> Tensor:
+        """Return the soft label [B, bins] of ages [B] in years; rows sum to 1."""
+        edges = self.edges.double()
+        cdf = torch.special.ndtr((edges - age.double().unsqueeze(1)) / self.sigma_years)
+        mass = cdf.diff(dim=1)
+        return (mass / mass.sum(1, keepdim=True)).to(torch.float32)
+
+    def loss(self, output: Tensor, age: Tensor) -> Tensor:
+        """Return the KL divergence of outputs [B, bins] from the soft labels of ages [B]."""
+        return F.kl_div(output.float().log_softmax(1), self.target(age), reduction="batchmean")
+
+    def predict(self, output: Tensor) -> Tensor:
+        """Return predicted ages [B] in years."""
+        centres = (self.edges[:-1] + self.edges[1:]) / 2
+        return output.float().softmax(1) @ centres
+
+
+class L1Head(nn.Module):
+    """Age as one number, standardised by the training ages; loss is the absolute error in those units."""
+
+    outputs = 1
+
+    def __init__(self, ages: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", ages.float().mean())
+        self.register_buffer("std", ages.float().std().clamp_min(1e-3))
+
+    def loss(self, output: Tensor, age: Tensor) -> Tensor:
+        """Return the mean absolute error of outputs [B, 1] in standard deviations of the training ages."""
+        return F.l1_loss(output.float().squeeze(1), (age.float() - self.mean) / self.std)
+
+    def predict(self, output: Tensor) -> Tensor:
+        """Return predicted ages [B] in years."""
+        return output.float().squeeze(1) * self.std + self.mean
+
+
+HEADS = {"soft_label": SoftLabelHead, "l1": L1Head}

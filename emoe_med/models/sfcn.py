@@ -1,0 +1,121 @@
+"""SFCN, the plain 3D CNN of brain age, with an optional routed layer on one of its feature maps.
+
+Source: Peng et al. 2021, Medical Image Analysis 68, 101871; 2,952,936 parameters at its published shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch.nn.functional as F
+from monai.networks.blocks import Convolution
+from torch import Tensor, nn
+
+from emoe_med.moe import MoELayer, Routing
+
+
+@dataclass(frozen=True)
+class SFCNOptions:
+    """Options of `SFCN`.
+
+    Attributes:
+        channels: of the 3^3 convolution blocks; the published net has 32, 64, 128, 256, 256.
+        pooled: how many of those blocks, from the first, halve the map; all five as published. A coarse input
+            has too few voxels for that.
+        neck: channels of the closing 1^3 convolution.
+        stem: edge of the voxel cube that is folded into channels first (1 = off): a cheap first stage on CPU.
+        dropout: before the last convolution.
+    """
+
+    channels: tuple[int, ...] = (32, 64, 128, 256, 256)
+    pooled: int = 5
+    neck: int = 64
+    stem: int = 1
+    dropout: float = 0.5
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a model returns.
+
+    Attributes:
+        output: [B, O], for a head of `heads.py`.
+        aux_loss: [] sum of the routers' auxiliary losses.
+        routing: of each routed layer by name, for its N tokens inside the brain.
+        token_mask: [B, T] bool by layer name; True where a token was routed, in the order of `routing`.
+    """
+
+    output: Tensor
+    aux_loss: Tensor
+    routing: dict[str, Routing]
+    token_mask: dict[str, Tensor]
+
+
+class SFCN(nn.Module):
+    """Blocks [conv3 -> BN -> max-pool 2 -> ReLU], then conv1 -> BN -> ReLU -> mean -> dropout -> conv1.
+
+    Batch norm stands before pooling, as published. The average pool is global, which is the published
+    (5, 6, 5) pool at the published input of 160 x 192 x 160 and lets the net take any other shape.
+    """
+
+    # tokens whose cell holds less brain than this see no router
+    MIN_BRAIN_SHARE = 0.1
+
+    def __init__(
+        self, outputs: int, options: SFCNOptions, moe: MoELayer | None = None, moe_after: int | None = None
+    ) -> None:
+        super().__init__()
+        self.options = options
+        self.moe = moe
+        self.moe_after = moe_after
+        widths = [options.stem**3, *options.channels]
+        self.blocks = nn.ModuleList(
+            Convolution(3, before, after, kernel_size=3, act=None, norm="batch")
+            for before, after in pairwise(widths)
+        )
+        self.neck = Convolution(3, widths[-1], options.neck, kernel_size=1, act="relu", norm="batch")
+        self.dropout = nn.Dropout(options.dropout)
+        self.head = nn.Conv3d(options.neck, outputs, kernel_size=1)
+
+    def cell(self, block: int) -> int:
+        """Return the edge, in input voxels, of one voxel of the map after `block` (counted from 1)."""
+        return self.options.stem * 2 ** min(block, self.options.pooled)
+
+    def forward(self, image: Tensor) -> ModelOutput:
+        """Map an image [B, 1, X, Y, Z], exactly 0 outside the head, to outputs [B, O]."""
+        x = fold_space(image, self.options.stem) if self.options.stem > 1 else image
+        aux_loss, routing, token_mask = x.new_zeros(()), {}, {}
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            x = F.relu(F.max_pool3d(x, 2) if number <= self.options.pooled else x)
+            if self.moe is not None and number == self.moe_after:
+                mask = self._token_mask(image, x.shape[2:])
+                x, routed = self._route(self.moe, x, mask)
+                name = f"block{number}"
+                routing[name], token_mask[name] = routed, mask
+                aux_loss = aux_loss + routed.aux_loss
+        x = self.neck(x).mean(dim=(2, 3, 4), keepdim=True)
+        return ModelOutput(self.head(self.dropout(x)).flatten(1), aux_loss, routing, token_mask)
+
+    def _token_mask(self, image: Tensor, shape: tuple[int, ...]) -> Tensor:
+        share = F.adaptive_avg_pool3d((image != 0).to(image.dtype), shape)
+        return share.flatten(1) >= self.MIN_BRAIN_SHARE
+
+    @staticmethod
+    def _route(moe: MoELayer, x: Tensor, mask: Tensor) -> tuple[Tensor, Routing]:
+        grid = x.shape[2:]
+        # a free view in channels_last_3d memory
+        tokens = x.permute(0, 2, 3, 4, 1).flatten(1, 3)
+        tokens, routed = moe(tokens, mask)
+        return tokens.unflatten(1, grid).permute(0, 4, 1, 2, 3), routed
+
+
+def fold_space(x: Tensor, edge: int) -> Tensor:
+    """Fold cubes of edge^3 voxels into channels: [B, C, X, Y, Z] -> [B, C*edge^3, X/edge, Y/edge, Z/edge]."""
+    batch, channels, *shape = x.shape
+    if any(size % edge for size in shape):
+        raise ValueError(f"volume {tuple(shape)} does not divide into cubes of {edge} voxels")
+    a, b, c = (size // edge for size in shape)
+    x = x.reshape(batch, channels, a, edge, b, edge, c, edge)
+    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(batch, channels * edge**3, a, b, c)

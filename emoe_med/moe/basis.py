@@ -1,0 +1,107 @@
+"""Orthonormal bases: how they start, stay orthonormal, and follow the data.
+
+`TrackedBasis` makes the paper's claim true: its columns span the top-R principal subspace of the tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from emoe_med.moe.router import sum_over_ranks
+
+
+def retract(matrix: Tensor) -> Tensor:
+    """Return the orthonormal factor of a [..., D, R] matrix nearest in the QR sense.
+
+    QR with a positive diagonal is the usual retraction on the Stiefel manifold; without the sign rule LAPACK
+    flips columns. Runs in float32: there is no bfloat16 QR.
+    """
+    q, r = torch.linalg.qr(matrix.float())
+    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    return (q * signs.unsqueeze(-2)).to(matrix.dtype)
+
+
+def random_orthonormal(width: int, rank: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw a [D, R] matrix with orthonormal columns, uniformly."""
+    if rank > width:
+        raise ValueError(f"rank {rank} is larger than the token width {width}")
+    return retract(torch.randn(width, rank, generator=generator))
+
+
+def orthonormality_error(basis: Tensor) -> Tensor:
+    """Return ||U^T U - I||_F of a [D, R] basis; its square is Eq. 3 of the EMoE paper without the weight."""
+    gram = basis.float().T @ basis.float()
+    return torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], device=gram.device))
+
+
+class TrackedBasis(nn.Module):
+    """Follow the top-R eigenvectors of the token covariance by averaged orthogonal iteration.
+
+    Per optimiser step: covariance C <- (1-w) C + w C_batch with w = max(1 - decay, 1/step), so that the
+    first steps are a plain average; U <- qr(C U). At the first step U is taken from an eigendecomposition.
+    The span is right within tens of steps, the single vectors within hundreds, and both move smoothly, which
+    the rows of the expert mix rely on.
+
+    Buffers: `basis` [D, R], `covariance` [D, D], `mean` [D], `step` [].
+    Source: H^T H / N of arXiv 2601.12137, section 2; orthogonal iteration, Golub & Van Loan 8.2.
+    """
+
+    # D x D statistics of more tokens cost time and no longer change the subspace
+    MAX_TOKENS = 4096
+
+    def __init__(self, width: int, rank: int, centre: bool = True, decay: float = 0.99) -> None:
+        super().__init__()
+        self.centre = centre
+        self.decay = decay
+        self.register_buffer("basis", random_orthonormal(width, rank))
+        self.register_buffer("covariance", torch.zeros(width, width))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("_count", torch.zeros(()), persistent=False)
+        self.register_buffer("_sum", torch.zeros(width), persistent=False)
+        self.register_buffer("_outer", torch.zeros(width, width), persistent=False)
+
+    @torch.no_grad()
+    def observe(self, tokens: Tensor) -> None:
+        """Add the first and second moments of tokens [N, D] to the accumulators."""
+        stride = -(-tokens.shape[0] // self.MAX_TOKENS) or 1
+        sample = tokens.detach()[::stride].float()
+        self._count += sample.shape[0]
+        self._sum += sample.sum(0)
+        self._outer += sample.T @ sample
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Average what was observed since the last step over all ranks and move the basis once."""
+        sum_over_ranks(self._count, self._sum, self._outer)
+        if self._count > 0:
+            self.step += 1
+            weight = max(1 - self.decay, 1 / int(self.step))
+            batch_mean = self._sum / self._count
+            if self.centre:
+                self.mean.lerp_(batch_mean, weight)
+            cross = torch.outer(batch_mean, self.mean)
+            second_moment = self._outer / self._count
+            batch_covariance = second_moment - cross - cross.T + torch.outer(self.mean, self.mean)
+            self.covariance.lerp_(batch_covariance, weight)
+            if self.step == 1:
+                self.basis.copy_(self.exact())
+            else:
+                self.basis.copy_(retract(self.covariance @ self.basis))
+        for accumulator in (self._count, self._sum, self._outer):
+            accumulator.zero_()
+
+    def exact(self) -> Tensor:
+        """Return the top-R eigenvectors [D, R] of the tracked covariance, largest first."""
+        return torch.linalg.eigh(self.covariance).eigenvectors.flip(-1)[:, : self.basis.shape[1]]
+
+    def captured_variance(self) -> float:
+        """Return tr(U^T C U) over the most that any rank-R basis can capture; 1 is exact."""
+        best = torch.linalg.eigvalsh(self.covariance)[-self.basis.shape[1] :].sum()
+        held = torch.trace(self.basis.T @ self.covariance @ self.basis)
+        return float(held / best) if best > 0 else 0.0
+
+    def alignment(self) -> float:
+        """Return the mean squared cosine between each column and its exact eigenvector; R/D by chance."""
+        return float((self.basis * self.exact()).sum(0).square().mean())

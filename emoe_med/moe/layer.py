@@ -1,0 +1,76 @@
+"""The routed layer: normalise, route, run the chosen experts, add to the stream."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from emoe_med.moe.router import Router, Routing, sum_over_ranks
+
+
+class MoELayer(nn.Module):
+    """h <- h + alpha * sum_k gate_k * Expert_k(LN(h)), alpha a learned scalar (arXiv 2601.12137, section 2).
+
+    Router and experts see the same normalised tokens (layer norm without affine, so that energies do not
+    depend on the scale of the stream). `normalise=False` serves callers that hand in normalised tokens.
+    """
+
+    def __init__(self, router: Router, experts: nn.Module, normalise: bool = True) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.normalise = normalise
+        self.alpha = nn.Parameter(torch.ones(()))
+        self.register_buffer("_load", torch.zeros(router.num_experts), persistent=False)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """Route and transform the tokens of a batch.
+
+        Args:
+            x: [B, T, D].
+            mask: [B, T] bool; False tokens (air around the head, prefix tokens) pass through unchanged and
+                are seen by no router, expert or statistic.
+            context: [B, T, D] for routers that compare a token with its surroundings.
+
+        Returns:
+            x [B, T, D] and the `Routing` of the N tokens where mask is True, in the order of `x[mask]`.
+        """
+        tokens = x.reshape(-1, x.shape[-1])
+        surroundings = None if context is None else context.reshape(tokens.shape)
+        kept = None if mask is None else mask.flatten().nonzero().squeeze(1)
+        if kept is not None:
+            tokens = tokens.index_select(0, kept)
+            surroundings = None if surroundings is None else surroundings.index_select(0, kept)
+        normal = F.layer_norm(tokens, tokens.shape[-1:]) if self.normalise else tokens
+        routing = self.router(normal, self.experts, surroundings)
+        if self.training:
+            with torch.no_grad():
+                used = routing.expert_index[routing.gate > 0]
+                self._load += torch.bincount(used, minlength=self.router.num_experts)
+        branch = self.alpha * self.experts(normal, routing)
+        if kept is None:
+            return x + branch.view_as(x), routing
+        flat = x.reshape(-1, x.shape[-1])
+        return flat.index_add(0, kept, branch.to(flat.dtype)).view_as(x), routing
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose first axis is the expert axis."""
+        return [p for p in self.experts.parameters() if p.shape[:1] == (self.router.num_experts,)]
+
+    def take_idle(self) -> Tensor:
+        """Return [E] bool, True where no token came since the last call on any rank; starts counting anew.
+
+        The optimiser keeps the weights and moments of idle experts as they were: a zero gradient alone would
+        still let weight decay and momentum move them.
+        """
+        sum_over_ranks(self._load)
+        idle = self._load == 0
+        self._load.zero_()
+        return idle
+
+    def after_step(self) -> None:
+        """Move the router's state once per optimiser step."""
+        self.router.after_step()

@@ -1,0 +1,135 @@
+"""EMoE: route tokens by the share of their energy along the directions of one orthonormal basis.
+
+Source: arXiv 2601.12137, Eqs. 1-3. What the paper leaves open, and what its published code does otherwise, is
+an option here; see docs/method.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from emoe_med.moe.balance import BiasBalance
+from emoe_med.moe.basis import TrackedBasis, orthonormality_error, random_orthonormal, retract
+from emoe_med.moe.router import GateScale, Router, Routing, gate_values, select
+
+
+@dataclass(frozen=True)
+class EigenOptions:
+    """Options of `EigenRouter`.
+
+    Attributes:
+        rank: R; the basis is as wide as the tokens at most.
+        basis: `tracked` follows the principal subspace of the tokens (no task gradient); `learned` is a
+            parameter with task gradient, retracted after each step; `fixed` stays as drawn (control).
+        rotation: `learned` lets the task choose the directions inside the tracked or fixed subspace; with it,
+            speak of the principal subspace, never of principal directions. A learned basis needs none.
+        centre: subtract the running mean of the tokens; needed after a ReLU, where all features share a mean.
+        gate: scale of the combine weight, see `gate_values`.
+        balance: `bias` is the gradient-free selection bias; `none` is the paper read literally.
+        temperature: of the softmax over experts (tau).
+        ortho_loss: weight of Eq. 3; a no-op next to retraction, which keeps the basis orthonormal anyway.
+    """
+
+    rank: int = 32
+    basis: Literal["tracked", "learned", "fixed"] = "tracked"
+    rotation: Literal["learned", "none"] = "learned"
+    centre: bool = True
+    gate: GateScale = "prob_times_E"
+    balance: Literal["bias", "none"] = "bias"
+    temperature: float = 1.0
+    ortho_loss: float = 0.0
+
+
+class EigenRouter(Router):
+    """Eigenbasis-guided router.
+
+    z = (h - mean) U R;  e_j = z_j^2 / (sum_k z_k^2 + eps)  (Eq. 1);
+    s_k = sum_j gamma_j pi_jk e_j + b_k  (Eq. 2);  p = softmax(s / tau);
+    the K experts with the largest p + balance bias are chosen, the gate is p without the bias.
+    Each row of pi is a softmax over experts, as published: every direction shares out one unit, so that the
+    scores stay within the range of gamma.
+    """
+
+    EPS = 1e-6
+
+    def __init__(self, width: int, num_experts: int, top_k: int, options: EigenOptions) -> None:
+        super().__init__(num_experts, top_k)
+        self.options = options
+        rank = min(options.rank, width)
+        # the statistics are kept for every kind of basis: a learned one is judged against them too
+        self.tracked = TrackedBasis(width, rank, centre=options.centre)
+        self.rotation: nn.Parameter | None = None
+        self.learned: nn.Parameter | None = None
+        if options.basis == "learned":
+            self.learned = nn.Parameter(random_orthonormal(width, rank))
+        else:
+            if options.basis == "fixed":
+                self.register_buffer("fixed", random_orthonormal(width, rank))
+            if options.rotation == "learned":
+                self.rotation = nn.Parameter(random_orthonormal(rank, rank))
+        self.gamma = nn.Parameter(torch.ones(rank))
+        self.mix_logits = nn.Parameter(torch.randn(rank, num_experts))
+        self.expert_bias = nn.Parameter(torch.zeros(num_experts))
+        self.balance = BiasBalance(num_experts) if options.balance == "bias" else None
+
+    def no_weight_decay(self) -> list[nn.Parameter]:
+        """Parameters that are not magnitudes to be shrunk: orthonormal frames and the softmaxed mix."""
+        return [p for p in (self.learned, self.rotation, self.mix_logits) if p is not None]
+
+    def basis(self) -> Tensor:
+        """Return the directions [D, R] that energies are measured along."""
+        if self.learned is not None:
+            return self.learned
+        subspace = self.fixed if self.options.basis == "fixed" else self.tracked.basis
+        return subspace if self.rotation is None else subspace @ self.rotation
+
+    def energies(self, tokens: Tensor) -> Tensor:
+        """Return the normalised energies e [N, R] of tokens [N, D] (Eq. 1)."""
+        projection = (tokens.float() - self.tracked.mean) @ self.basis()
+        squares = projection.square()
+        return squares / (squares.sum(-1, keepdim=True) + self.EPS)
+
+    def forward(self, tokens: Tensor, experts: nn.Module, context: Tensor | None = None) -> Routing:
+        """Route tokens [N, D] in float32 whatever the ambient precision: margins are about 1e-3."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            mix = self.gamma.unsqueeze(1) * self.mix_logits.softmax(dim=-1)
+            scores = self.energies(tokens) @ mix + self.expert_bias
+            probs = (scores / self.options.temperature).softmax(dim=-1)
+            index = select(probs, self.top_k, None if self.balance is None else self.balance.bias)
+            if self.training:
+                self.tracked.observe(tokens)
+                if self.balance is not None:
+                    self.balance.observe(probs.detach(), index)
+            aux_loss = probs.new_zeros(())
+            if self.options.ortho_loss and self.learned is not None:
+                aux_loss = self.options.ortho_loss * orthonormality_error(self.learned).square()
+        return Routing(index, gate_values(probs, index, self.options.gate), probs, aux_loss)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Track the covariance, retract learned frames, move the balance bias."""
+        self.tracked.after_step()
+        for frame in (self.learned, self.rotation):
+            if frame is not None:
+                frame.copy_(retract(frame))
+        if self.balance is not None:
+            self.balance.after_step()
+
+    @torch.no_grad()
+    def health(self) -> dict[str, float]:
+        """Tell whether the basis is what its name says: captured variance, alignment, orthonormality."""
+        basis = self.basis().float()
+        exact = self.tracked.exact()
+        covariance = self.tracked.covariance
+        held = torch.trace(basis.T @ covariance @ basis)
+        best = torch.trace(exact.T @ covariance @ exact).clamp_min(1e-12)
+        return {
+            "captured_variance": float(held / best),
+            "alignment": float((basis.T @ exact).square().max(0).values.mean()),
+            "subspace_overlap": float((basis.T @ exact).square().sum() / basis.shape[1]),
+            "orthonormality_error": float(orthonormality_error(basis)),
+        }

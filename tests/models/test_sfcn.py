@@ -1,0 +1,83 @@
+import pytest
+import torch
+from scipy import stats
+
+from emoe_med.models.heads import L1Head, SoftLabelHead
+from emoe_med.models.sfcn import SFCN, SFCNOptions, fold_space
+from emoe_med.moe import EigenOptions, EigenRouter, MLPExperts, MLPOptions, MoELayer
+
+
+def routed_layer(width):
+    return MoELayer(EigenRouter(width, 4, 1, EigenOptions(rank=8)), MLPExperts(width, 4, MLPOptions()))
+
+
+def small(**kwargs):
+    return SFCN(1, SFCNOptions(channels=(8, 16, 16), pooled=2, neck=8), **kwargs)
+
+
+def head(batch=2, size=(16, 24, 16)):
+    image = torch.randn(batch, 1, *size)
+    image[:, :, :6] = 0
+    return image
+
+
+def test_published_shape_has_the_published_number_of_parameters():
+    net = SFCN(40, SFCNOptions())
+    assert sum(p.numel() for p in net.parameters()) == 2_952_936
+    assert net.cell(4) == 16
+    with torch.no_grad():
+        assert net.eval()(torch.zeros(1, 1, 160, 192, 160)).output.shape == (1, 40)
+
+
+def test_the_layer_starts_as_the_plain_net_and_gets_a_gradient():
+    torch.manual_seed(3)
+    plain = small()
+    torch.manual_seed(3)
+    routed = small(moe=routed_layer(16), moe_after=2)
+    routed.load_state_dict(plain.state_dict(), strict=False)
+    image = head()
+    torch.testing.assert_close(routed.eval()(image).output, plain.eval()(image).output)
+    routed.train()(image).output.sum().backward()
+    assert routed.moe.experts.w2.grad.abs().sum() > 0
+
+
+def test_only_cells_with_brain_are_routed():
+    net = small(moe=routed_layer(16), moe_after=2).eval()
+    image = head()
+    image[:, :, 6:8] = 0  # the first two of four cells along X are empty now
+    out = net(image)
+    mask = out.token_mask["block2"].view(2, 4, 6, 4)
+    assert not mask[:, :2].any()
+    assert mask[:, 2:].all()
+    assert len(out.routing["block2"].probs) == mask.sum()
+
+
+def test_fold_space_keeps_every_voxel_in_its_cube():
+    x = torch.arange(64.0).view(1, 1, 4, 4, 4)
+    folded = fold_space(x, 2)
+    assert folded.shape == (1, 8, 2, 2, 2)
+    assert sorted(folded[0, :, 0, 0, 0].tolist()) == sorted(x[0, 0, :2, :2, :2].flatten().tolist())
+    with pytest.raises(ValueError, match="does not divide"):
+        fold_space(torch.zeros(1, 1, 5, 4, 4), 2)
+
+
+def test_soft_labels_agree_with_scipy_and_centre_on_the_age():
+    soft = SoftLabelHead(torch.tensor([20.0, 80.0]))
+    ages = torch.tensor([20.0, 47.3, 80.0])
+    target = soft.target(ages)
+    torch.testing.assert_close(target.sum(1), torch.ones(3))
+    centres = (soft.edges[:-1] + soft.edges[1:]) / 2
+    torch.testing.assert_close(target @ centres, ages, atol=0.03, rtol=0)
+    edges = soft.edges.numpy()
+    want = stats.norm.cdf(edges[1:], 47.3, 1) - stats.norm.cdf(edges[:-1], 47.3, 1)
+    torch.testing.assert_close(target[1].double(), torch.from_numpy(want / want.sum()), atol=1e-5, rtol=0)
+    perfect = target.clamp_min(1e-12).log()
+    assert soft.loss(perfect, ages) < 1e-4
+    torch.testing.assert_close(soft.predict(perfect), ages, atol=0.03, rtol=0)
+
+
+def test_l1_head_is_in_training_standard_deviations():
+    l1 = L1Head(torch.tensor([40.0, 50.0, 60.0]))
+    output = torch.tensor([[0.0], [1.0]])
+    assert l1.predict(output).tolist() == [50.0, 60.0]
+    assert l1.loss(output, torch.tensor([55.0, 60.0])).item() == pytest.approx(0.25)

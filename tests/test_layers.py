@@ -1,0 +1,77 @@
+"""Imports go down only, and the heavy libraries stay where they belong."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "emoe_med"
+LEVELS = {
+    "errors": 0,
+    "moe": 1,
+    "models": 2,
+    "data": 2,
+    "config": 3,
+    "training": 4,
+    "brainage": 5,
+    "vision": 5,
+    "pipeline": 6,
+}
+OWNERS = {
+    "mlflow": {"training/tracking.py"},
+    "nibabel": {"data/volume.py"},
+}
+TORCH_ONLY = "moe"
+
+
+def imports(file: Path):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, node.lineno
+
+
+def part_of(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def test_imports_go_down_only():
+    wrong = []
+    for file in PACKAGE.rglob("*.py"):
+        here = file.relative_to(PACKAGE).with_suffix("").parts[0]
+        if here == "__init__":
+            continue
+        for name, line in imports(file):
+            if name.startswith("emoe_med."):
+                there = part_of(name)
+                if there != here and LEVELS[there] >= LEVELS[here]:
+                    wrong.append(f"{file}:{line} {here} imports {there}")
+    assert not wrong
+
+
+def test_heavy_libraries_have_one_owner():
+    wrong = []
+    for file in PACKAGE.rglob("*.py"):
+        relative = file.relative_to(PACKAGE).as_posix()
+        for name, line in imports(file):
+            top = name.split(".")[0]
+            if top in OWNERS and relative not in OWNERS[top]:
+                wrong.append(f"{relative}:{line} imports {top}")
+            if top == "monai" and not relative.startswith(("data/", "models/")):
+                wrong.append(f"{relative}:{line} imports monai")
+            if relative.startswith("moe/") and top not in {"torch", "emoe_med", *_STANDARD}:
+                wrong.append(f"{relative}:{line} imports {top}")
+    assert not wrong
+
+
+_STANDARD = {"__future__", "collections", "dataclasses", "math", "typing"}
+
+
+def test_nothing_unpickles_or_evaluates():
+    banned = {"pickle", "cloudpickle", "dill", "joblib", "shelve"}
+    wrong = [
+        f"{file}:{line} {name}"
+        for file in PACKAGE.rglob("*.py")
+        for name, line in imports(file)
+        if name.split(".")[0] in banned
+    ]
+    assert not wrong

@@ -38,25 +38,22 @@ class DataConfig(Section):
     """From manifest to tensors."""
 
     spacing_mm: float = Field(1.0, gt=0, le=16, description="voxel edge of the model's input")
+    oversample: int = Field(1, ge=1, le=4, description="volumes are cached this many times finer")
     align: Literal["affine", "centred"] = Field("affine", description="to the MNI template, or centre only")
     mask: Literal["auto", "brain", "head"] = Field(
         "auto", description="auto: the manifest's masks where every row has one, else the whole head"
     )
     folds: int = Field(5, ge=2, description="cross-validation folds over persons")
-    val_share: float = Field(
-        0.1, gt=0, lt=0.5, description="share of the non-test persons kept for validation"
-    )
+    val_share: float = Field(0.1, gt=0, lt=0.5, description="share of the non-test persons kept for validation")
     split_seed: int = Field(0, description="who is in which fold; one for all arms and training seeds")
 
 
 class AugmentConfig(Section):
-    """Random changes of a training volume; ranges are half-widths of uniform distributions."""
+    """Random changes of a training volume."""
 
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a left-right flip")
-    rotate_degrees: float = Field(0.0, ge=0, le=45)
-    scale: float = Field(0.0, ge=0, le=0.3)
-    shift_mm: float = Field(0.0, ge=0, le=30)
-    gain: float = Field(0.0, ge=0, le=0.5, description="of the intensity inside the head")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a left-right mirror image")
+    shift_voxels: int = Field(0, ge=0, le=8, description="largest shift along each axis, in cached voxels")
+    gain: float = Field(0.0, ge=0, le=0.5, description="half-width of a factor on the intensity")
 
 
 class MoEConfig(Section):
@@ -105,9 +102,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _layer_in_net(self) -> ModelConfig:
         if self.moe is not None and self.moe.after_block > len(self.channels):
-            raise ValueError(
-                f"moe.after_block {self.moe.after_block}: the net has {len(self.channels)} blocks"
-            )
+            raise ValueError(f"moe.after_block {self.moe.after_block}: the net has {len(self.channels)} blocks")
         return self
 
 
@@ -139,6 +134,7 @@ class EvaluationConfig(Section):
     """How predictions are made and scored."""
 
     flip_average: bool = Field(False, description="average the prediction with that of the mirrored head")
+    average_phases: bool = Field(False, description="average over all positions of the model's grid on the cached")
     bootstrap: int = Field(2000, ge=1000, description="draws over persons")
 
 
@@ -175,9 +171,7 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark
-                )
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -229,9 +223,7 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
-            raise ConfigError(
-                Fault("CFG-SET", f"--set {assignment}: expected key=value, e.g. training.lr=1e-3")
-            )
+            raise ConfigError(Fault("CFG-SET", f"--set {assignment}: expected key=value, e.g. training.lr=1e-3"))
         *parents, leaf = key.split(".")
         section = values
         for parent in parents:

@@ -33,9 +33,7 @@ class Fault:
     hint: str | None = None
 
     def __str__(self) -> str:
-        where = " ".join(
-            part for part in (self.manifest, f"row {self.row}" if self.row is not None else None) if part
-        )
+        where = " ".join(part for part in (self.manifest, f"row {self.row}" if self.row is not None else None) if part)
         what = self.reason if self.hint is None else f"{self.reason}; {self.hint}"
         return "  ".join(part for part in (f"error {self.code}", where, self.file, what) if part)
 

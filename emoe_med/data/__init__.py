@@ -1,0 +1,1 @@
+"""From files to tensors: manifests, strict volumes, alignment, cache, synthetic cohort."""

@@ -1,8 +1,8 @@
 """Affine alignment of a brain-masked head to the MNI152 template, and area-aware resampling.
 
-Every grid of the package covers one box of 160 x 192 x 160 mm around the MNI brain, symmetric about the mid-sagittal
-plane so that a left-right flip of the voxels is a flip of the head. The grids are nested: averaging k^3 fine voxels
-gives the coarse grid exactly.
+Every grid of the package covers one box of 160 x 192 x 160 mm around the MNI brain, symmetric about the
+mid-sagittal plane so that a left-right flip of the voxels flips the head. The grids are nested:
+averaging k^3 fine voxels gives the coarse grid exactly.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from emoe_med.errors import Fault, VolumeError
 
 BOX_MM = (160.0, 192.0, 160.0)  # X, Y, Z extent of the model box
-BOX_CORNER_MM = (-80.0, -113.5, -75.5)  # RAS corner; y and z fall between the template's voxels, x on the mid-plane
+BOX_CORNER_MM = (-80.0, -113.5, -75.5)  # RAS; x is symmetric, y and z are voxel faces of the template
 
 _ALIGN_MM = 4.0
 _WINDOW = 5  # voxels of the local correlation, 20 mm
 _MAX_SCALE = 1.4  # guard of the moment start
 _STARTS_DEG = (-20.0, 0.0, 20.0)  # pitch of the starts: heads differ most by nodding
-_COARSE_STEPS, _FINE_STEPS = 20, 50
+_COARSE_STEPS, _FINE_STEPS = 25, 30
 _LEARNING_RATE = 0.02  # of the shape entries; translations are divided by _RADIUS_MM to match
 _RADIUS_MM = 70.0
 _CHUNK_POINTS = 2_000_000
@@ -31,13 +31,13 @@ _CHUNK_POINTS = 2_000_000
 
 @dataclass(frozen=True)
 class Alignment:
-    """Affine from template RAS mm to subject RAS mm [4, 4], and its mean local correlation with the template."""
+    """Affine from template RAS mm to subject RAS mm [4, 4] and its mean local correlation in [-1, 1]."""
 
     matrix: np.ndarray
     similarity: float
 
 
-def box_grid(spacing_mm: float) -> tuple[tuple[int, int, int], np.ndarray]:
+def box_grid(spacing_mm: float) -> tuple[tuple[int, ...], np.ndarray]:
     """Return shape and affine [4, 4] of the model box at a spacing that divides 160 and 192 mm.
 
     Raises:
@@ -53,9 +53,10 @@ def box_grid(spacing_mm: float) -> tuple[tuple[int, int, int], np.ndarray]:
 
 @lru_cache(maxsize=4)
 def template(spacing_mm: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the brain-only MNI152 2009a symmetric T1 in the model box: voxels [X, Y, Z] in [0, 1] and affine [4, 4].
+    """Return the brain-only MNI152 2009a symmetric T1 in the model box, area-averaged from 1 mm.
 
-    Area-averaged from 1 mm; both arrays are shared and read-only.
+    Returns:
+        Voxels [X, Y, Z] in [0, 1] and affine [4, 4]; shared and read-only.
 
     Raises:
         ValueError: The spacing does not divide the box.
@@ -67,7 +68,6 @@ def template(spacing_mm: float) -> tuple[np.ndarray, np.ndarray]:
     shape, affine = box_grid(spacing_mm)
     image = load_mni152_template(resolution=1)
     voxels = resample(np.asarray(image.dataobj, np.float32), image.affine, np.eye(4), affine, shape)
-    voxels /= np.asarray(image.dataobj).max()
     voxels.flags.writeable = affine.flags.writeable = False
     return voxels, affine
 
@@ -77,13 +77,13 @@ def resample(
     affine: np.ndarray,
     matrix: np.ndarray,
     grid_affine: np.ndarray,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     order: int = 1,
 ) -> np.ndarray:
     """Sample a volume on a grid that an affine map carries into its space.
 
-    Each target voxel is the mean of k trilinear samples per axis, k being its size in source voxels, so that a coarse
-    target does not alias and a nested one is the exact area average. Outside the source is 0.
+    Each target voxel is the mean of k trilinear samples per axis, k being its size in source voxels: a coarse
+    target does not alias, and a nested one is the exact area average. Outside the source is 0.
 
     Args:
         voxels: Source [X, Y, Z].
@@ -100,8 +100,8 @@ def resample(
     if order == 0:
         return _nearest(voxels, target_to_source, shape)
     sizes = np.linalg.norm(target_to_source[:3, :3], axis=0)
-    splits = np.maximum(1, np.ceil(sizes - 0.25)).astype(int)  # a quarter voxel of slack: scale of a head, not aliasing
-    source = torch.from_numpy(np.ascontiguousarray(voxels, np.float32))[None, None]
+    splits = np.maximum(1, np.ceil(sizes - 0.25)).astype(int)  # a quarter voxel more is scale, not aliasing
+    source = torch.tensor(voxels, dtype=torch.float32)[None, None]  # a copy: the input may be read-only
     fine = np.diag([*(1 / splits), 1.0])
     fine[:3, 3] = (1 / splits - 1) / 2
     fine_to_source = torch.from_numpy(target_to_source @ fine)
@@ -120,8 +120,8 @@ def resample(
 def align_affine(voxels: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> Alignment:
     """Align a head to the template by the 12-dof affine that maximises local correlation.
 
-    Centroid and size of the mask give the start, tried at three pitches at 8 mm; Adam refines the best at 4 mm.
-    Deterministic for a given thread count; about half a second on one CPU core.
+    Centroid and size of the mask give the start, tried at three pitches at 8 mm; Adam refines the best
+    at 4 mm. Deterministic for a given thread count.
 
     Args:
         voxels: Head [X, Y, Z], any intensity scale.
@@ -172,7 +172,7 @@ def _at_spacing(voxels: np.ndarray, affine: np.ndarray, spacing_mm: float) -> tu
 
 
 def _moment_start(mask: np.ndarray, affine: np.ndarray) -> torch.Tensor:
-    """Return the map [4, 4] that carries the template's centroid and size along each RAS axis onto the mask's."""
+    """Return the map [4, 4] that carries the template's centroid and size along each axis onto the mask's."""
     voxels, template_affine = template(_ALIGN_MM)
     centre, spread = _moments(mask, affine)
     template_centre, template_spread = _moments(voxels > 0.1, template_affine)
@@ -208,7 +208,7 @@ def _ascend(
     steps: int,
     learning_rate: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Climb local correlation from each start [S, 4, 4]; return the maps [S, 4, 4] and their similarities [S]."""
+    """Climb local correlation from each start [S, 4, 4]; return maps [S, 4, 4] and similarities [S]."""
     voxels, affine = template(spacing_mm)
     fixed = torch.from_numpy(voxels.copy())[None, None]
     moving = torch.from_numpy(head)[None, None].expand(len(starts), -1, -1, -1, -1)
@@ -235,21 +235,28 @@ def _ascend(
 
 
 def _local_correlation(moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
-    """Return the mean local correlation [S] of volumes [S, 1, X, Y, Z] and [1, 1, X, Y, Z] over the template's brain.
+    """Return the mean local correlation [S] of heads [S, 1, X, Y, Z] with the template [1, 1, X, Y, Z].
 
-    MONAI's LocalNormalizedCrossCorrelationLoss squares the correlation and counts the empty background.
+    MONAI's LocalNormalizedCrossCorrelationLoss squares the correlation and counts the background. Box means
+    as three banded matrix products are eight times faster on a CPU than ``avg_pool3d``.
     """
+    bands = [_band(n) for n in fixed.shape[2:]]
 
-    def mean(x: torch.Tensor) -> torch.Tensor:
-        return F.avg_pool3d(x, _WINDOW, stride=1, padding=_WINDOW // 2)
+    def box_mean(x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("ax,scxyz->scayz", bands[0], bands[1] @ (x @ bands[2]))
 
-    m, f = mean(moving), mean(fixed)
-    covariance = mean(moving * fixed) - m * f
-    moving_variance = (mean(moving * moving) - m * m).clamp_min(0)
-    fixed_variance = (mean(fixed * fixed) - f * f).clamp_min(0)
-    correlation = covariance / torch.sqrt(moving_variance * fixed_variance + 1e-6)
-    weight = (f > 0).to(f)  # brain and half a window around it
-    return (correlation * weight).sum((1, 2, 3, 4)) / weight.sum()
+    fixed_mean, fixed_square = box_mean(torch.cat([fixed, fixed * fixed], 1)).split(1, 1)
+    mean, square, product = box_mean(torch.cat([moving, moving * moving, moving * fixed], 1)).split(1, 1)
+    fixed_variance = (fixed_square - fixed_mean * fixed_mean).clamp_min(0)
+    variance = (square - mean * mean).clamp_min(0)
+    correlation = (product - mean * fixed_mean) / torch.sqrt(variance * fixed_variance + 1e-6)
+    near_brain = (fixed_mean > 0).to(fixed)
+    return (correlation * near_brain).sum((1, 2, 3, 4)) / near_brain.sum()
+
+
+def _band(n: int) -> torch.Tensor:
+    index = torch.arange(n)
+    return ((index[:, None] - index).abs() <= _WINDOW // 2).float() / _WINDOW
 
 
 def _grid(
@@ -260,16 +267,15 @@ def _grid(
     Built as three broadcast sums in float64: affine_grid would need a matrix in its own normalised axes.
     """
     size = torch.tensor(source_shape, dtype=torch.float64)
-    scaled = (index_map[:3].T * (2 / (size - 1).clamp_min(1))).flip(1)  # rows x, y, z, 1; columns Z, Y, X of the source
+    scaled = index_map[:3] * (2 / (size - 1).clamp_min(1))[:, None]
+    scaled = scaled.flip(0).T  # rows x, y, z, 1 of the target; columns Z, Y, X of the source
     axes = [torch.arange(n, dtype=torch.float64) for n in shape]
     axes[0] = axes[0] + first
     x, y, z = (axis[:, None] * row for axis, row in zip(axes, scaled[:3], strict=True))
     return x[:, None, None] + y[None, :, None] + (z + scaled[3] - 1)[None, None]
 
 
-def _nearest(
-    voxels: np.ndarray, target_to_source: np.ndarray, shape: tuple[int, int, int]
-) -> np.ndarray:
+def _nearest(voxels: np.ndarray, target_to_source: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     out = np.zeros(shape, voxels.dtype)
     x, y, z = (np.arange(n)[:, None] * target_to_source[:3, a] for a, n in enumerate(shape))
     plane = y[:, None] + z[None] + target_to_source[:3, 3]

@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TrainingAges:
+    """Ages of the training scans in years: what heads are built from, and where a model has been."""
+
+    low: float
+    high: float
+    mean: float
+    std: float
+    median: float
+    n: int
+
+    @classmethod
+    def of(cls, ages: list[float]) -> TrainingAges:
+        """Summarise the ages of the training scans."""
+        values = torch.tensor(ages, dtype=torch.float64)
+        return cls(
+            low=float(values.min()),
+            high=float(values.max()),
+            mean=float(values.mean()),
+            std=float(values.std()),
+            median=float(values.quantile(0.5)),
+            n=len(ages),
+        )
 
 
 class SoftLabelHead(nn.Module):
@@ -15,11 +43,11 @@ class SoftLabelHead(nn.Module):
     over the batch. Source: Peng et al. 2021; renormalisation and span are ours.
     """
 
-    def __init__(self, ages: Tensor, bin_years: float = 1.0, sigma_years: float = 1.0) -> None:
+    def __init__(self, ages: TrainingAges, bin_years: float = 1.0, sigma_years: float = 1.0) -> None:
         super().__init__()
-        low = torch.floor((ages.min() - 3 * sigma_years) / bin_years) * bin_years
-        high = ages.max() + 3 * sigma_years
-        edges = torch.arange(float(low), float(high) + bin_years, bin_years)
+        low = math.floor((ages.low - 3 * sigma_years) / bin_years) * bin_years
+        high = ages.high + 3 * sigma_years
+        edges = torch.arange(low, high + bin_years, bin_years)
         self.sigma_years = sigma_years
         self.register_buffer("edges", edges)
         self.outputs = len(edges) - 1
@@ -46,10 +74,10 @@ class L1Head(nn.Module):
 
     outputs = 1
 
-    def __init__(self, ages: Tensor) -> None:
+    def __init__(self, ages: TrainingAges) -> None:
         super().__init__()
-        self.register_buffer("mean", ages.float().mean())
-        self.register_buffer("std", ages.float().std().clamp_min(1e-3))
+        self.register_buffer("mean", torch.tensor(ages.mean))
+        self.register_buffer("std", torch.tensor(max(ages.std, 1e-3)))
 
     def loss(self, output: Tensor, age: Tensor) -> Tensor:
         """Return the mean absolute error of outputs [B, 1] in standard deviations of the training ages."""

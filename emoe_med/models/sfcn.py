@@ -71,8 +71,7 @@ class SFCN(nn.Module):
         self.moe_after = moe_after
         widths = [options.stem**3, *options.channels]
         self.blocks = nn.ModuleList(
-            Convolution(3, before, after, kernel_size=3, act=None, norm="batch")
-            for before, after in pairwise(widths)
+            Convolution(3, before, after, kernel_size=3, act=None, norm="batch") for before, after in pairwise(widths)
         )
         self.neck = Convolution(3, widths[-1], options.neck, kernel_size=1, act="relu", norm="batch")
         self.dropout = nn.Dropout(options.dropout)

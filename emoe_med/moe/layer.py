@@ -24,9 +24,7 @@ class MoELayer(nn.Module):
         self.alpha = nn.Parameter(torch.ones(()))
         self.register_buffer("_load", torch.zeros(router.num_experts), persistent=False)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None
-    ) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Route and transform the tokens of a batch.
 
         Args:

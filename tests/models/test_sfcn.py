@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy import stats
 
-from emoe_med.models.heads import L1Head, SoftLabelHead
+from emoe_med.models.heads import L1Head, SoftLabelHead, TrainingAges
 from emoe_med.models.sfcn import SFCN, SFCNOptions, fold_space
 from emoe_med.moe import EigenOptions, EigenRouter, MLPExperts, MLPOptions, MoELayer
 
@@ -62,7 +62,7 @@ def test_fold_space_keeps_every_voxel_in_its_cube():
 
 
 def test_soft_labels_agree_with_scipy_and_centre_on_the_age():
-    soft = SoftLabelHead(torch.tensor([20.0, 80.0]))
+    soft = SoftLabelHead(TrainingAges.of([20.0, 80.0]))
     ages = torch.tensor([20.0, 47.3, 80.0])
     target = soft.target(ages)
     torch.testing.assert_close(target.sum(1), torch.ones(3))
@@ -77,7 +77,7 @@ def test_soft_labels_agree_with_scipy_and_centre_on_the_age():
 
 
 def test_l1_head_is_in_training_standard_deviations():
-    l1 = L1Head(torch.tensor([40.0, 50.0, 60.0]))
+    l1 = L1Head(TrainingAges.of([40.0, 50.0, 60.0]))
     output = torch.tensor([[0.0], [1.0]])
     assert l1.predict(output).tolist() == [50.0, 60.0]
     assert l1.loss(output, torch.tensor([55.0, 60.0])).item() == pytest.approx(0.25)

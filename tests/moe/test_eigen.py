@@ -122,9 +122,7 @@ def test_ortho_loss_is_eq_3_and_vanishes_after_retraction():
     assert r(torch.randn(5, 16), None).aux_loss < 1e-8
 
 
-@pytest.mark.parametrize(
-    "tokens", [torch.zeros(7, 16), torch.ones(1, 16), torch.ones(9, 16) * 1e4, torch.zeros(0, 16)]
-)
+@pytest.mark.parametrize("tokens", [torch.zeros(7, 16), torch.ones(1, 16), torch.ones(9, 16) * 1e4, torch.zeros(0, 16)])
 def test_degenerate_tokens_stay_finite(tokens):
     r = router().train()
     routing = r(tokens, None)

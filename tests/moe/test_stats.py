@@ -36,6 +36,4 @@ def test_streaming_equals_one_batch_and_dropped_slots_are_no_load():
     assert summary["tokens"] == 50
     assert summary["dropped"] == pytest.approx(0.05)
     assert sum(summary[f"load/E{e:02d}"] for e in range(4)) == pytest.approx(1)
-    assert summary["margin"] == pytest.approx(
-        (probs.topk(2).values[:, 0] - probs.topk(2).values[:, 1]).mean().item()
-    )
+    assert summary["margin"] == pytest.approx((probs.topk(2).values[:, 0] - probs.topk(2).values[:, 1]).mean().item())

@@ -1,0 +1,323 @@
+"""Command line: python -m emoe_med.brainage <verb>. Verbs import what they need when they run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from emoe_med.errors import EXIT_PARTIAL, ConfigError, EmoeError, Fault
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Brain age from T1 MRI with an eigenbasis-routed mixture of experts. Not for diagnosis.",
+)
+manifest_app = typer.Typer(no_args_is_help=True, help="Build a manifest from scans and a table of ages.")
+app.add_typer(manifest_app, name="manifest")
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs" / "brainage"
+
+ManifestOption = Annotated[Path, typer.Option("--manifest", help="CSV or TSV: one scan a row")]
+RootOption = Annotated[Path | None, typer.Option("--data-root", help="folder of the manifest's relative paths")]
+OutOption = Annotated[Path, typer.Option("--out", help="folder of all runs, their cache and the tracking store")]
+JobsOption = Annotated[int, typer.Option("--jobs", min=0, help="processes that read scans; 0 is this one")]
+RunOption = Annotated[Path, typer.Option("--run", help="run folder")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print a machine-readable summary")]
+
+
+def verb(command: Callable[..., None]) -> Callable[..., None]:
+    """End a command with one line for each fault and the documented exit code."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+        logging.getLogger("emoe_med").setLevel(logging.INFO)
+        try:
+            command(*args, **kwargs)
+        except EmoeError as error:
+            for fault in error.faults:
+                typer.echo(str(fault), err=True)
+            raise typer.Exit(error.exit_code) from None
+
+    return run
+
+
+def say(text: str) -> None:
+    """Print a line of the result to stdout."""
+    typer.echo(text)
+
+
+@app.command()
+@verb
+def train(
+    manifest: ManifestOption,
+    config: Annotated[Path, typer.Option("--config", help="run file")] = CONFIGS / "emoe.yaml",
+    out: OutOption = Path("runs"),
+    fold: Annotated[str, typer.Option("--fold", help="fold to test on: 0, 1, ..., or `all`")] = "0",
+    resume: Annotated[bool, typer.Option("--resume", help="go on with unfinished folds, skip finished ones")] = False,
+    assignments: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. training.seed=1")] = None,
+    data_root: RootOption = None,
+    cache: Annotated[Path | None, typer.Option("--cache", help="volumes in the model's space; OUT/cache")] = None,
+    jobs: JobsOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Check, split, train, evaluate and report.
+
+    Example: python -m emoe_med.brainage train --manifest ixi/manifest.csv --config configs/brainage/emoe_4mm.yaml
+    """
+    from emoe_med.config import load_run
+
+    run = load_run(config, assignments)
+    folds = _folds(fold, run.data.folds)
+    from emoe_med.brainage import train as verbs
+    from emoe_med.data.manifest import read_manifest
+
+    table = read_manifest(manifest, data_root)
+    for note in table.notes:
+        typer.echo(f"note: {note}", err=True)
+    run_dirs = verbs.train(run, table, out, folds, cache or out / "cache", resume, jobs)
+    _show_runs(run_dirs, out, as_json)
+
+
+def _folds(text: str, count: int) -> list[int]:
+    if text == "all":
+        return list(range(count))
+    folds = [int(part) for part in text.split(",") if part.strip().isdigit()]
+    if not folds or len(folds) != text.count(",") + 1 or max(folds) >= count:
+        raise ConfigError(Fault("CLI-FOLD", f"--fold {text}: expected `all` or numbers from 0 to {count - 1}"))
+    return folds
+
+
+def _show_runs(run_dirs: list[Path], out: Path, as_json: bool) -> None:
+    from emoe_med.brainage.train import headline
+
+    metrics = {str(run_dir): json.loads((run_dir / "metrics.json").read_text()) for run_dir in run_dirs}
+    if as_json:
+        say(json.dumps({run: headline(values) for run, values in metrics.items()}, indent=1))
+        return
+    for run, values in metrics.items():
+        mae, skill = values["test"]["mae"], values["test"]["skill"]
+        say(
+            f"{run}: MAE {mae['value']:.2f} y [{mae['low']:.2f}, {mae['high']:.2f}] on {mae['n']} test persons, "
+            f"skill {skill['value']:.2f} against the training median"
+        )
+    say(f"report: {run_dirs[-1] / 'report' / 'report.html'}")
+    say(f"tracking: python -m emoe_med.brainage ui --out {out}")
+
+
+@app.command()
+@verb
+def evaluate(
+    run: RunOption,
+    manifest: Annotated[Path | None, typer.Option("--manifest", help="score other scans with ages")] = None,
+    data_root: RootOption = None,
+    cache: Annotated[Path | None, typer.Option("--cache", help="volumes in the model's space; RUN/../../cache")] = None,
+    jobs: JobsOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a run again from its predictions, or on the scans of another manifest.
+
+    Example: python -m emoe_med.brainage evaluate --run runs/emoe_4mm/seed0-fold0 --manifest other.csv
+    """
+    from emoe_med.brainage import evaluate as verbs
+    from emoe_med.data.manifest import read_manifest
+
+    if manifest is None:
+        metrics, where = verbs.score_again(run), run / "metrics.json"
+    else:
+        table = read_manifest(manifest, data_root)
+        metrics, where = verbs.evaluate_elsewhere(run, table, cache or run.parent.parent / "cache", jobs)
+    if as_json:
+        say(json.dumps(metrics, indent=1))
+        return
+    for name, estimate in metrics["test"].items():
+        say(f"{name:22} {_estimate(estimate)}")
+    say(f"written: {where}")
+
+
+def _estimate(found: dict[str, Any]) -> str:
+    if found["value"] is None:
+        return f"undefined: {found['reason']}"
+    if found["low"] is None:
+        return f"{found['value']:8.3f}  ({found['reason']})"
+    return f"{found['value']:8.3f}  [{found['low']:.3f}, {found['high']:.3f}]  n = {found['n']}"
+
+
+@app.command()
+@verb
+def predict(
+    run: RunOption,
+    source: Annotated[Path, typer.Option("-i", "--input", help="scan, folder of scans, or manifest")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
+    data_root: RootOption = None,
+    cache: Annotated[Path | None, typer.Option("--cache", help="volumes in the model's space; RUN/../../cache")] = None,
+) -> None:
+    """Predict the age of every scan; a row for each, with status and reason.
+
+    Example: python -m emoe_med.brainage predict --run runs/emoe_4mm/seed0-fold0 -i scans/ -o ages.csv
+    """
+    from emoe_med.brainage import predict as verbs
+
+    table = verbs.predict(run, source, output, cache or run.parent.parent / "cache", data_root)
+    counts = table["status"].value_counts()
+    say(f"{output}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    if counts.get("refused", 0):
+        raise typer.Exit(EXIT_PARTIAL)
+
+
+@app.command()
+@verb
+def compare(
+    groups: Annotated[
+        list[Path], typer.Argument(help="folders of arms, each with its runs; the first is the reference")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Compare arms on identical test scans: pooled error, paired differences, Holm-corrected.
+
+    Example: python -m emoe_med.brainage compare runs/cnn3d_4mm runs/emoe_4mm runs/dense_adapter_4mm
+    """
+    from emoe_med.brainage.compare import compare_groups
+
+    result, text = compare_groups(groups)
+    say(json.dumps(result, indent=1) if as_json else text)
+
+
+@app.command()
+@verb
+def check(
+    manifest: ManifestOption,
+    data_root: RootOption = None,
+    out: Annotated[Path, typer.Option("--out", help="folder for check.csv and check.html")] = Path("check"),
+    jobs: JobsOption = 0,
+) -> None:
+    """Read every scan strictly and list every fault of every row at once.
+
+    Example: python -m emoe_med.brainage check --manifest ixi/manifest.csv --out check
+    """
+    from emoe_med.brainage.check import check_manifest
+
+    check_manifest(manifest, data_root, out, jobs)
+    say(f"all scans are usable; table and page: {out / 'check.csv'}, {out / 'check.html'}")
+
+
+@manifest_app.command("bids")
+@verb
+def manifest_bids(
+    folder: Annotated[Path, typer.Argument(help="BIDS data set or derivative")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
+    table: Annotated[Path | None, typer.Option("--table", help="ages; default participants.tsv")] = None,
+) -> None:
+    """From a BIDS tree and its participants.tsv.
+
+    Example: python -m emoe_med.brainage manifest bids /data/ds000001 -o manifest.csv
+    """
+    from emoe_med.brainage.build_manifest import from_bids
+
+    _write_manifest(from_bids(folder, table), output, folder)
+
+
+@manifest_app.command("glob")
+@verb
+def manifest_glob(
+    folder: Annotated[Path, typer.Argument(help="folder of scans")],
+    table: Annotated[Path, typer.Option("--table", help="CSV or TSV with participant_id and age")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
+    pattern: Annotated[str, typer.Option("--pattern", help="file pattern below the folder")] = "**/*.nii.gz",
+) -> None:
+    """From any folder of scans and a table of ages, joined by participant.
+
+    Example: python -m emoe_med.brainage manifest glob scans --table ages.csv --pattern '*_T1w.nii.gz' -o manifest.csv
+    """
+    from emoe_med.brainage.build_manifest import from_glob
+
+    _write_manifest(from_glob(folder, pattern, table), output, folder)
+
+
+@manifest_app.command("ukb")
+@verb
+def manifest_ukb(
+    bulk: Annotated[Path, typer.Option("--bulk", help="folder of <eid>_20252_<instance>_0 folders")],
+    table: Annotated[Path, typer.Option("--table", help="CSV with eid and fields 21003, 31, 54")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
+    warped: Annotated[bool, typer.Option("--warped", help="use the nonlinearly warped T1_brain_to_MNI")] = False,
+) -> None:
+    """From UK Biobank bulk folders and a table of fields; instances 2 and 3.
+
+    Example: python -m emoe_med.brainage manifest ukb --bulk bulk --table fields.csv -o data_manifests/mine.csv
+    """
+    from emoe_med.brainage.build_manifest import from_ukb
+
+    _write_manifest(from_ukb(bulk, table, warped), output, bulk)
+
+
+def _write_manifest(built: Any, output: Path, root: Path) -> None:
+    from emoe_med.brainage.build_manifest import write_manifest
+
+    write_manifest(built, output)
+    for note in built.skipped:
+        typer.echo(f"skipped: {note}", err=True)
+    say(f"{output}: {len(built.rows)} scans, {len(built.skipped)} skipped; use it with --data-root {root}")
+
+
+@app.command()
+@verb
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="folder for cohort and runs")] = Path("demo"),
+    jobs: JobsOption = 0,
+) -> None:
+    """Make a synthetic cohort, train EMoE and the plain CNN on it, and compare with what is expected.
+
+    Example: python -m emoe_med.brainage demo --out demo
+    """
+    from emoe_med.brainage.demo import run_demo
+
+    for line in run_demo(out, jobs):
+        say(line)
+
+
+@app.command()
+@verb
+def ui(
+    out: OutOption = Path("runs"),
+    port: Annotated[int, typer.Option("--port", min=1024, max=65535)] = 5000,
+) -> None:
+    """Serve the tracked runs on this machine alone and print where to look.
+
+    Example: python -m emoe_med.brainage ui --out runs
+    """
+    from emoe_med.brainage.ui import serve_runs
+
+    serve_runs(out, port, say)
+
+
+@app.command()
+@verb
+def doctor(out: OutOption = Path("runs"), as_json: JsonOption = False) -> None:
+    """Print versions, device and what is missing.
+
+    Example: python -m emoe_med.brainage doctor
+    """
+    from emoe_med.brainage.doctor import diagnose
+
+    facts, missing = diagnose(out)
+    if as_json:
+        say(json.dumps({"facts": facts, "missing": missing}, indent=1))
+    else:
+        for name, value in facts.items():
+            say(f"{name:16} {value}")
+        for line in missing:
+            say(f"missing: {line}")
+    raise typer.Exit(2 if missing else 0)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m emoe_med.brainage")

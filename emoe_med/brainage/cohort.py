@@ -1,0 +1,114 @@
+"""A manifest's scans in the model's space, checked and split, ready to be learned from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from emoe_med.config import BrainAgeConfig
+from emoe_med.data.brain import ChainOptions, HeadDataset
+from emoe_med.data.manifest import Manifest
+from emoe_med.data.scan import person_key
+from emoe_med.data.splits import assign_splits
+from emoe_med.errors import DataError, Fault
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Scans of one manifest, all usable, all in the cache."""
+
+    manifest: Manifest
+    heads: HeadDataset
+
+    def split(self, config: BrainAgeConfig, fold: int) -> pd.DataFrame:
+        """Return columns row, split and fold; persons, families and repeated images stay together."""
+        data = config.data
+        return assign_splits(
+            self.manifest.scans,
+            seed=data.split_seed,
+            folds=data.folds,
+            fold=fold,
+            val_share=data.val_share,
+        )
+
+    def table(self) -> pd.DataFrame:
+        """Return row, participant_id, sex and site of the scans, for scoring.
+
+        A participant goes by the row of their first scan: no id leaves the manifest.
+        """
+        scans = self.manifest.scans
+        first: dict[str, int] = {}
+        return pd.DataFrame(
+            {
+                "row": [scan.row for scan in scans],
+                "participant_id": [first.setdefault(person_key(scan.participant_id), scan.row) for scan in scans],
+                "sex": [scan.sex for scan in scans],
+                "site": [scan.site for scan in scans],
+            }
+        )
+
+
+def chain_options(config: BrainAgeConfig, manifest: Manifest) -> ChainOptions:
+    """Settle the chain for a manifest: which mask, whether to align.
+
+    Raises:
+        DataError: Some rows have a mask or labels and others have none.
+    """
+    data = config.data
+    mask = data.mask
+    if mask == "auto":
+        lacking = [scan.row for scan in manifest.scans if scan.mask is None and scan.labels is None]
+        if lacking and len(lacking) < len(manifest.scans):
+            faults = [
+                Fault(
+                    "MAN-MASK",
+                    "no mask or labels while other rows have them",
+                    row=row,
+                    manifest=manifest.path.name,
+                )
+                for row in lacking
+            ]
+            raise DataError(*faults)
+        mask = "head" if lacking else "brain"
+    # the template is a brain: a whole head has nothing to be aligned with
+    align = data.align if mask == "brain" else "centred"
+    return ChainOptions(data.spacing_mm / data.oversample, align, mask)
+
+
+def prepare_cohort(
+    manifest: Manifest,
+    options: ChainOptions,
+    cache_dir: Path,
+    jobs: int = 0,
+    progress: Callable[[Collection], Iterator] = iter,
+) -> Cohort:
+    """Read, check and cache every scan before anything is learned from any.
+
+    Raises:
+        DataError: All scans that cannot be used, each with row, file and reason; or one image in two rows.
+    """
+    heads = HeadDataset(manifest.scans, options, cache_dir)
+    found = heads.build(jobs, progress)
+    name = manifest.path.name
+    faults = [Fault(f.code, f.reason, f.file, f.row, name, f.hint) for f in found.values()]
+    faults += _repeated_images(heads, name, skip=set(found))
+    if faults:
+        raise DataError(*sorted(faults, key=lambda fault: fault.row or 0))
+    return Cohort(manifest, heads)
+
+
+def _repeated_images(heads: HeadDataset, manifest: str, skip: set[int]) -> list[Fault]:
+    """Find rows that hold the same image, also when it was compressed anew: equal volumes in the model's space."""
+    rows = defaultdict(list)
+    for index, scan in enumerate(heads.scans):
+        if index not in skip:
+            rows[heads.content(index)].append(scan)
+    return [
+        Fault("MAN-IMAGE", f"same image as row {scans[0].row}", str(scan.image), scan.row, manifest)
+        for scans in rows.values()
+        for scan in scans[1:]
+    ]

@@ -1,0 +1,202 @@
+"""Score a run: predictions of held-out persons, bias correction beside them, and what the routing is worth."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from emoe_med.brainage.bias import AgeBias, fit_age_bias
+from emoe_med.brainage.cohort import Cohort, prepare_cohort
+from emoe_med.brainage.comparison import paired_difference
+from emoe_med.brainage.inference import (
+    TrainedModel,
+    branch_norms,
+    collected_routing,
+    permuted_routing,
+    predict_scans,
+    without_branch,
+)
+from emoe_med.brainage.metrics import Bootstrap, evaluate
+from emoe_med.data.manifest import Manifest
+from emoe_med.errors import DataError, Fault
+from emoe_med.moe import RoutingStats
+from emoe_med.training.progress import counted
+from emoe_med.training.run_folder import replace_file
+
+PERMUTATIONS = 5  # draws of permuted routing; their mean error is compared
+
+
+def evaluate_run(run_dir: Path, cohort: Cohort, splits: pd.DataFrame) -> dict[str, Any]:
+    """Predict validation and test persons once and write predictions/ and metrics.json.
+
+    The bias correction is fitted on the validation persons and applied to the test persons.
+
+    Args:
+        run_dir: Run folder with a trained checkpoint.
+        cohort: Scans in the model's space.
+        splits: Columns row and split, in the order of the cohort's scans.
+
+    Returns:
+        The content of metrics.json.
+    """
+    model = TrainedModel.load(run_dir)
+    where = {name: np.flatnonzero(splits["split"] == name).tolist() for name in ("val", "test")}
+    table = cohort.table()
+    tables = {name: predict_scans(model, cohort.heads, rows).merge(table, on="row") for name, rows in where.items()}
+    metrics = _score(tables, model)
+    if model.net.routed_layers():
+        bootstrap = Bootstrap(model.config.evaluation.bootstrap)
+        metrics["routing"] = routing_report(model, cohort, where["test"], bootstrap)
+    write_predictions(run_dir / "predictions", tables)
+    write_metrics(run_dir, metrics)
+    return metrics
+
+
+def _score(tables: dict[str, pd.DataFrame], model: TrainedModel) -> dict[str, Any]:
+    """Fit the bias on `val`, add brain_pad and the corrected age to the tables in place, and score `test`."""
+    bias = fitted_bias(tables["val"])
+    for name, table in tables.items():
+        tables[name] = with_correction(table, bias)
+    return evaluate(
+        tables["test"],
+        model.contract["training_ages"]["median"],
+        val=tables["val"],
+        bias=bias,
+        bootstrap=Bootstrap(model.config.evaluation.bootstrap),
+    )
+
+
+def score_again(run_dir: Path) -> dict[str, Any]:
+    """Make metrics.json anew from the predictions of a run; no scan is touched.
+
+    Raises:
+        CheckpointError: The run has no usable checkpoint.
+        DataError: The run has no predictions.
+    """
+    model = TrainedModel.load(run_dir)
+    metrics = _score({name: read_predictions(run_dir, name) for name in ("val", "test")}, model)
+    before = json.loads((run_dir / "metrics.json").read_text())
+    if "routing" in before:
+        metrics["routing"] = before["routing"]
+    write_metrics(run_dir, metrics)
+    return metrics
+
+
+def evaluate_elsewhere(
+    run_dir: Path, manifest: Manifest, cache_dir: Path, jobs: int = 0
+) -> tuple[dict[str, Any], Path]:
+    """Score a run on the scans of another manifest, under `<run>/evaluations/<digest of the manifest>/`.
+
+    Scans of the run's own training and validation persons must not be among them; the manifest of the training
+    is refused.
+
+    Raises:
+        CheckpointError: The run has no usable checkpoint.
+        DataError: Scans cannot be used, or the manifest is the one that the run was trained with.
+    """
+    model = TrainedModel.load(run_dir)
+    if model.contract["manifest"] == manifest.sha256:
+        reason = "the run was trained with this manifest; its test persons are scored in metrics.json"
+        raise DataError(Fault("EVAL-SEEN", reason, str(manifest.path)))
+    cohort = prepare_cohort(manifest, model.chain(), cache_dir, jobs, counted("reading scans"))
+    found = predict_scans(model, cohort.heads, range(len(manifest.scans)), progress=counted("predicting"))
+    tables = {"test": found.merge(cohort.table(), on="row"), "val": read_predictions(run_dir, "val")}
+    metrics = _score(tables, model)
+    folder = run_dir / "evaluations" / manifest.sha256[:16]
+    write_predictions(folder, {"test": tables["test"]})
+    write_metrics(folder, metrics)
+    return metrics, folder / "metrics.json"
+
+
+def read_predictions(run_dir: Path, name: str) -> pd.DataFrame:
+    """Read predictions/<name>.csv of a run.
+
+    Raises:
+        DataError: There is none.
+    """
+    path = run_dir / "predictions" / f"{name}.csv"
+    if not path.is_file():
+        raise DataError(Fault("RUN-PREDICTIONS", "this run has no such predictions", str(path)))
+    return pd.read_csv(path).rename(columns={"person": "participant_id"})
+
+
+def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """Write metrics.json in one step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+
+
+def fitted_bias(val: pd.DataFrame) -> AgeBias | None:
+    """Fit the age bias on validation persons; None where they are too few or of one age."""
+    try:
+        return fit_age_bias(val["age"], val["predicted_age"], val["participant_id"])
+    except DataError:
+        return None
+
+
+def with_correction(frame: pd.DataFrame, bias: AgeBias | None) -> pd.DataFrame:
+    """Add brain_pad (predicted minus chronological, years) and the corrected age, kept beside the raw one."""
+    frame = frame.assign(brain_pad=frame["predicted_age"] - frame["age"])
+    if bias is None:
+        return frame
+    corrected, _ = bias.apply(frame["predicted_age"].to_numpy(), frame["age"].to_numpy())
+    return frame.assign(predicted_age_corrected=corrected)
+
+
+PREDICTION_COLUMNS = [
+    *("row", "person", "age", "predicted_age", "brain_pad", "predicted_age_corrected"),
+    *("similarity", "sex", "site", "status", "reason"),
+]
+
+
+def write_predictions(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
+    """Write predictions by manifest row; a person goes by the row of their first scan. No id, no path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        table = table.rename(columns={"participant_id": "person"})
+        columns = [column for column in PREDICTION_COLUMNS if column in table]
+        text = table[columns].to_csv(index=False, float_format="%.4f")
+        replace_file(folder / f"{name}.csv", text.encode())
+
+
+def routing_report(model: TrainedModel, cohort: Cohort, indices: list[int], bootstrap: Bootstrap) -> dict[str, Any]:
+    """Tell whether each routed layer is alive, and what it and its choices are worth, on given scans.
+
+    `mae_without_branch` and `mae_permuted_routing` are gains in error, in years, over the network as it is; all
+    of it on the volume as it is, whatever the run averages over.
+    """
+
+    def errors() -> np.ndarray:
+        found = predict_scans(model, cohort.heads, indices, average=False)
+        return (found["predicted_age"] - found["age"]).to_numpy()
+
+    stats: dict[str, RoutingStats] = {}
+    layers = model.net.routed_layers()
+    with ExitStack() as stack:
+        norms = {name: stack.enter_context(branch_norms(layer)) for name, layer in layers.items()}
+        stack.enter_context(collected_routing(model.net, stats))
+        intact = errors()
+    persons = cohort.table()["participant_id"].to_numpy()[indices]
+    report = {}
+    for name, layer in layers.items():
+        summary: dict[str, Any] = stats[name].summary()
+        summary["branch_over_stream"] = float(np.mean(norms[name]))
+        summary["alpha"] = float(layer.alpha.detach())
+        if hasattr(layer.router, "health"):
+            summary |= layer.router.health()
+        with without_branch(layer):
+            summary["mae_without_branch"] = paired_difference(errors(), intact, persons, bootstrap)
+        if layer.router.num_experts > 1:
+            draws = []
+            for seed in range(PERMUTATIONS):
+                with permuted_routing(layer, seed):
+                    draws.append(np.abs(errors()))
+            mixed = np.mean(draws, axis=0)
+            summary["mae_permuted_routing"] = paired_difference(mixed, intact, persons, bootstrap)
+        report[name] = summary
+    return report

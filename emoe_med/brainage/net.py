@@ -1,0 +1,51 @@
+"""From a configuration to the network: SFCN, its routed layer, and the head that speaks in years."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from emoe_med.config import ModelConfig, MoEConfig
+from emoe_med.models.heads import HEADS, TrainingAges
+from emoe_med.models.sfcn import SFCN, ModelOutput, SFCNOptions
+from emoe_med.moe import EXPERTS, ROUTERS, MoELayer
+
+
+class BrainAgeNet(nn.Module):
+    """A network and its head in one module, so that one file of weights holds both."""
+
+    def __init__(self, config: ModelConfig, ages: TrainingAges) -> None:
+        super().__init__()
+        self.head = HEADS[config.head](ages)
+        options = SFCNOptions(config.channels, config.pooled, config.neck, config.stem, config.dropout)
+        moe = None if config.moe is None else build_layer(config.moe, config.channels[config.moe.after_block - 1])
+        self.net = SFCN(self.head.outputs, options, moe, config.moe.after_block if config.moe else None)
+
+    def forward(self, image: Tensor) -> ModelOutput:
+        """Map images [B, 1, X, Y, Z] to the raw output and the routing."""
+        return self.net(image)
+
+    def ages(self, image: Tensor, flip_average: bool = False) -> tuple[Tensor, ModelOutput]:
+        """Predict ages [B] in years; `flip_average` adds the mirrored head (axis X is left-right in RAS)."""
+        out = self.net(image)
+        age = self.head.predict(out.output)
+        if flip_average:
+            age = (age + self.head.predict(self.net(image.flip(2)).output)) / 2
+        return age, out
+
+    def routed_layers(self) -> dict[str, MoELayer]:
+        """Return the routed layers by the names that `ModelOutput.routing` uses."""
+        return {} if self.net.moe is None else {f"block{self.net.moe_after}": self.net.moe}
+
+
+def build_layer(config: MoEConfig, width: int) -> MoELayer:
+    """Build a routed layer for tokens of a given width from its configuration."""
+    router, router_options = ROUTERS[config.router["kind"]]
+    experts, expert_options = EXPERTS[config.experts["kind"]]
+    return MoELayer(
+        router(width, config.num_experts, config.top_k, router_options(**_options(config.router))),
+        experts(width, config.num_experts, expert_options(**_options(config.experts))),
+    )
+
+
+def _options(section: dict) -> dict:
+    return {key: value for key, value in section.items() if key != "kind"}

@@ -1,0 +1,103 @@
+"""Apply a trained run to scans: one row out for every scan in, with a status and a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from emoe_med.brainage.inference import TrainedModel, predict_scans
+from emoe_med.data.brain import HeadDataset
+from emoe_med.data.manifest import Scan, inspect_manifest
+from emoe_med.data.scan import identity_from_path
+from emoe_med.errors import DataError, Fault
+from emoe_med.training.progress import counted
+from emoe_med.training.run_folder import replace_file
+
+COLUMNS = [
+    *("participant_id", "session_id", "image", "status", "reason", "predicted_age", "age", "brain_pad"),
+    *("similarity", "model", "chain"),
+]
+
+
+def predict(run_dir: Path, source: Path, output: Path, cache_dir: Path, data_root: Path | None = None) -> pd.DataFrame:
+    """Predict the age of every scan of a file, folder or manifest and write a CSV.
+
+    The scans go through the chain of the training run. Status is `ok`; `check` where a person should look: the
+    head fits the template worse than any training head, or the age is outside the training ages; `refused`
+    where no age is given. Ages are in years; the file names persons, because it is for the one who asked.
+
+    Raises:
+        CheckpointError: The run has no usable checkpoint.
+        DataError: There is no scan at all.
+        StorageError: The output cannot be written.
+    """
+    model = TrainedModel.load(run_dir)
+    scans, refused = _scans(source, data_root)
+    heads = HeadDataset(scans, model.chain(), cache_dir)
+    found = predict_scans(model, heads, range(len(scans)), progress=counted("predicting"))
+    found["brain_pad"] = found["predicted_age"] - found["age"]
+    found["participant_id"] = [scan.participant_id for scan in scans]
+    found["session_id"] = [scan.session_id for scan in scans]
+    found["image"] = [str(scan.image) for scan in scans]
+    found = pd.concat([_looked_at(found, model), refused]).sort_values("row", kind="stable")
+    found["model"] = f"{model.config.name}-seed{model.config.training.seed}"
+    found["chain"] = model.contract["chain"]["digest"]
+    table = found[COLUMNS]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(output, table.to_csv(index=False, float_format="%.3f").encode())
+    return table
+
+
+def _looked_at(found: pd.DataFrame, model: TrainedModel) -> pd.DataFrame:
+    """Flag rows that a person should look at."""
+    ages, lowest = model.contract["training_ages"], model.contract["similarity"]["low"]
+    worse = found["similarity"] < lowest if lowest is not None else pd.Series(False, index=found.index)
+    outside = (found["age"] < ages["low"]) | (found["age"] > ages["high"])
+    reasons = {
+        "head fits the template worse than any training head": worse,
+        f"age outside the training ages {ages['low']:.0f}-{ages['high']:.0f}": outside,
+    }
+    for reason, flags in reasons.items():
+        flags = flags & (found["status"] != "refused")
+        found.loc[flags, "status"] = "check"
+        found.loc[flags, "reason"] = found.loc[flags, "reason"].map(lambda old, new=reason: f"{old}; {new}".strip("; "))
+    return found
+
+
+def _scans(source: Path, data_root: Path | None) -> tuple[list[Scan], pd.DataFrame]:
+    """Return the scans of a file, folder or manifest, and rows for those that its table already refuses."""
+    none = pd.DataFrame(columns=["row", *COLUMNS])
+    if source.is_dir():
+        files = sorted([*source.rglob("*.nii"), *source.rglob("*.nii.gz")])
+        if not files:
+            raise DataError(Fault("PRED-NONE", "no .nii or .nii.gz file in this folder", str(source)))
+        return [_scan_of(file, row) for row, file in enumerate(files, start=1)], none
+    if source.suffix.lower() not in (".csv", ".tsv"):
+        return [_scan_of(source, 1)], none
+    manifest, faults = inspect_manifest(source, data_root, require_age=False)
+    if not manifest.scans:
+        raise DataError(*faults or [Fault("PRED-NONE", "no scan in this manifest", str(source))])
+    by_row: dict[int, list[Fault]] = {}
+    for fault in faults:
+        if fault.row is None:
+            raise DataError(*faults)
+        by_row.setdefault(fault.row, []).append(fault)
+    rows = [
+        {
+            "row": row,
+            "image": told[0].file,
+            "status": "refused",
+            "reason": "; ".join(f"{f.code} {f.reason}" for f in told),
+        }
+        for row, told in by_row.items()
+    ]
+    scans = [scan for scan in manifest.scans if scan.row not in by_row]
+    return scans, pd.DataFrame(rows, columns=none.columns) if rows else none
+
+
+def _scan_of(file: Path, row: int) -> Scan:
+    participant, session = identity_from_path(file.as_posix())
+    return Scan(
+        row=row, image=file, age=None, participant_id=participant or file.name.split(".")[0], session_id=session
+    )

@@ -1,0 +1,95 @@
+"""What the training loop needs to know about brain age: data, network, loss, validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from emoe_med.brainage.net import BrainAgeNet
+from emoe_med.config import BrainAgeConfig
+from emoe_med.data.augment import AugmentOptions, augment, to_model_grid
+from emoe_med.data.brain import HeadDataset
+from emoe_med.models.heads import TrainingAges
+from emoe_med.moe import RoutingStats
+
+
+class BrainAgeTask:
+    """Brain age from T1 volumes, for `training.loop.fit`.
+
+    Args:
+        config: The run.
+        heads: All scans of the manifest, in the model's space.
+        train: Indices into `heads` to learn from.
+        val: Indices to validate on; other persons.
+        digests: Digests of configuration and manifest, compared on resume.
+        meta: What every checkpoint carries beside the weights: the preprocessing contract.
+    """
+
+    selection: tuple[str, Literal["min", "max"]] = ("val/mae", "min")
+
+    def __init__(
+        self,
+        config: BrainAgeConfig,
+        heads: HeadDataset,
+        train: Sequence[int],
+        val: Sequence[int],
+        digests: Mapping[str, str],
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config = config
+        self.ages = TrainingAges.of([heads.scans[i].age for i in train if heads.scans[i].age is not None])
+        self.train_data = Subset(heads, train)
+        self.val_data = Subset(heads, val)
+        self.digests = dict(digests)
+        self.meta = {**(meta or {}), "training_ages": asdict(self.ages)}
+        self.augment = AugmentOptions(**config.augment.model_dump())
+
+    def build_model(self) -> BrainAgeNet:
+        """Build the network; weights follow from torch's seed."""
+        return BrainAgeNet(self.config.model, self.ages)
+
+    def prepare(self, batch: dict[str, Any], train: bool, keys: Tensor) -> dict[str, Any]:
+        """Bring images [B, 1, kX, kY, kZ] to the model's grid, changed at random in training only."""
+        image, oversample = batch["image"], self.config.data.oversample
+        if train:
+            image = augment(image, keys, self.augment, oversample)
+        else:
+            image = to_model_grid(image.float(), oversample)
+        return {**batch, "image": image}
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss to minimise and its parts."""
+        network = getattr(model, "module", model)  # under several ranks the model is wrapped
+        out = model(batch["image"])
+        task = network.head.loss(out.output, batch["age"])
+        return task + out.aux_loss, {"task": task.detach(), "aux": out.aux_loss.detach()}
+
+    def validate(self, model: BrainAgeNet, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """Return error and routing statistics over the validation scans."""
+        errors, stats = [], {}
+        for batch in batches:
+            age, out = model.ages(batch["image"], self.config.evaluation.flip_average)
+            errors.append(age.cpu() - batch["age"].cpu())
+            for name, routing in out.routing.items():
+                stats.setdefault(name, RoutingStats(routing.probs.shape[1])).update(routing)
+        error = torch.cat(errors)
+        metrics = {"val/mae": float(error.abs().mean()), "val/mean_error": float(error.mean())}
+        for layer in stats.values():
+            summary = layer.summary()
+            metrics |= {f"expert/{key[5:]}/load": v for key, v in summary.items() if key.startswith("load/")}
+            metrics |= {f"router/{key}": summary[key] for key in ("cv", "entropy", "margin", "dead")}
+        return metrics
+
+    def end_of_epoch(self, model: BrainAgeNet) -> dict[str, float]:
+        """Return what the routed layers tell of themselves: scale of the branch, health of the basis."""
+        metrics = {}
+        for layer in model.routed_layers().values():
+            metrics["router/alpha"] = float(layer.alpha.detach())
+            if hasattr(layer.router, "health"):
+                metrics |= {f"router/{key}": value for key, value in layer.router.health().items()}
+        return metrics

@@ -1,0 +1,169 @@
+"""Train brain-age runs: one run folder a fold, under one parent run in MLflow."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emoe_med.brainage.cohort import Cohort, chain_options, prepare_cohort
+from emoe_med.brainage.evaluate import evaluate_run
+from emoe_med.brainage.report import write_report
+from emoe_med.brainage.task import BrainAgeTask
+from emoe_med.config import BrainAgeConfig, dump_run
+from emoe_med.data.manifest import Manifest
+from emoe_med.errors import ConfigError, Fault
+from emoe_med.training.loop import fit
+from emoe_med.training.progress import counted
+from emoe_med.training.run_folder import replace_file
+from emoe_med.training.tracking import Tracker
+
+LOG = logging.getLogger("emoe_med")
+PARENT_WAIT_S = 60  # runs of one arm that start together take turns at their parent's folder
+
+
+def train(
+    config: BrainAgeConfig,
+    manifest: Manifest,
+    out: Path,
+    folds: list[int],
+    cache_dir: Path,
+    resume: bool = False,
+    jobs: int = 0,
+    synthetic: bool = False,
+) -> list[Path]:
+    """Train and evaluate the given folds of one configuration; returns their run folders.
+
+    Args:
+        config: The run.
+        manifest: Scans with ages.
+        out: Folder of all runs and of the default tracking store.
+        folds: Folds to test on, each a run of its own.
+        cache_dir: Cache of volumes, shared by all runs that use it.
+        resume: Skip finished folds and go on with unfinished ones.
+        jobs: Processes that fill the cache.
+        synthetic: Label every output as synthetic.
+
+    Raises:
+        EmoeError: With the exit code of what went wrong; see docs/reliability.md.
+    """
+    group = out / config.name
+    run_dirs = [group / f"seed{config.training.seed}-fold{fold}" for fold in folds]
+    _check_folders(run_dirs, resume)
+    cohort = prepare_cohort(manifest, chain_options(config, manifest), cache_dir, jobs, counted("reading scans"))
+    with _tracker(group, out, config, "group"):
+        pass  # the parent exists from now on; its children name it
+    for fold, run_dir in zip(folds, run_dirs, strict=True):
+        if not (run_dir / "metrics.json").is_file():
+            _train_fold(config, cohort, out, group, run_dir, fold, resume, synthetic)
+    return run_dirs
+
+
+def _check_folders(run_dirs: list[Path], resume: bool) -> None:
+    used = [
+        run_dir for run_dir in run_dirs if (run_dir / "checkpoints").exists() or (run_dir / "metrics.json").exists()
+    ]
+    if used and not resume:
+        hint = "give --resume to go on, or another --out or --set name="
+        raise ConfigError(*(Fault("RUN-EXISTS", "this run folder is in use", str(d), hint=hint) for d in used))
+
+
+@contextmanager
+def _tracker(run_dir: Path, out: Path, config: BrainAgeConfig, run_name: str, parent: Path | None = None):
+    options = {"out": out, "experiment": "brainage", "run_name": run_name, "parent": parent}
+    options |= {"uri": None if config.tracking.mlflow else "none", "allow_remote": config.tracking.allow_remote}
+    tracker = Tracker(run_dir, **options, words=_words(config))
+    deadline = time.monotonic() + PARENT_WAIT_S
+    while True:
+        try:
+            tracker.__enter__()
+            break
+        except ConfigError as error:
+            if parent is not None or error.faults[0].code != "RUN-LOCKED" or time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+    try:
+        yield tracker
+    except BaseException as error:
+        tracker.__exit__(type(error), error, error.__traceback__)
+        raise
+    tracker.__exit__(None, None, None)
+
+
+def _train_fold(
+    config: BrainAgeConfig,
+    cohort: Cohort,
+    out: Path,
+    group: Path,
+    run_dir: Path,
+    fold: int,
+    resume: bool,
+    synthetic: bool,
+) -> None:
+    splits = cohort.split(config, fold)
+    chain = cohort.heads.options.contract()
+    digests = {
+        "config": hashlib.sha256(dump_run(config).encode()).hexdigest(),
+        "manifest": cohort.manifest.sha256,
+        "chain": chain["digest"],
+        "fold": str(fold),
+    }
+    where = {name: np.flatnonzero(splits["split"] == name).tolist() for name in ("train", "val")}
+    meta = {
+        "chain": chain,
+        "manifest": cohort.manifest.sha256,
+        "similarity": _similarity(cohort, where["train"]),
+        "synthetic": synthetic,
+    }
+    task = BrainAgeTask(config, cohort.heads, where["train"], where["val"], digests, meta)
+    name = f"{config.name}-seed{config.training.seed}-fold{fold}"
+    with _tracker(run_dir, out, config, name, parent=group) as tracker:
+        replace_file(run_dir / "config.yaml", dump_run(config).encode())
+        replace_file(run_dir / "splits.csv", splits.to_csv(index=False).encode())
+        tracker.params(_flat(config.model_dump(mode="json")))
+        tracker.tags({"arm": config.name, "fold": fold, "seed": config.training.seed, "synthetic": synthetic})
+        result = fit(task, config.training, run_dir, tracker, resume)
+        metrics = evaluate_run(run_dir, cohort, splits)
+        tracker.metrics(result.step, headline(metrics))
+        report = write_report(run_dir)
+        tracker.log_artifact(report, "report")
+        tracker.log_artifact(run_dir / "metrics.json", "metrics")
+        LOG.info("%s: %s", run_dir, headline(metrics))
+
+
+def _similarity(cohort: Cohort, indices: list[int]) -> dict[str, float | None]:
+    """Lowest and median similarity of the training scans with the template; None where none was aligned."""
+    values = [float(cohort.heads[index]["similarity"]) for index in indices]
+    if not np.isfinite(values).all():
+        return {"low": None, "median": None}
+    return {"low": float(np.min(values)), "median": float(np.median(values))}
+
+
+def headline(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the figures of metrics.json that a table of runs shows, under their tracking names."""
+    found = {}
+    for split in ("test", "val"):
+        for name, estimate in metrics.get(split, {}).items():
+            if estimate["value"] is not None:
+                found[f"{split}/{name}"] = estimate["value"]
+    return found
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _words(config: BrainAgeConfig) -> set[str]:
+    """Texts of a configuration that may be tracked: its choices, and the name of the arm."""
+    return {value for value in _flat(config.model_dump(mode="json")).values() if isinstance(value, str)}

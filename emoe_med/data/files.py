@@ -1,0 +1,208 @@
+"""Files as bytes: told apart, read to their verified end, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import stat
+import zlib
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from io import BufferedReader
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from emoe_med.errors import Fault, StorageError, VolumeError
+
+GZIP_MAGIC = b"\x1f\x8b"
+_KINDS = (  # offset, magic, what it is: met under the name of a volume
+    (344, b"n+1\0", "NIfTI-1"),
+    (4, b"n+2\0", "NIfTI-2"),
+    (128, b"DICM", "DICOM"),
+    (0, b"\0\0\0\1", "FreeSurfer MGH"),
+    (0, b"NRRD", "NRRD"),
+    (0, b"\x89HDF", "HDF5 or MINC-2"),
+    (0, b"CDF", "NetCDF or MINC-1"),
+    (0, b"PK\x03\x04", "a zip archive"),
+    (0, b"BZh", "a bzip2 stream"),
+    (0, b"\xfd7zXZ\0", "an xz stream"),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd stream"),
+    (0, b"\x89PNG", "a PNG picture"),
+    (0, b"\xff\xd8\xff", "a JPEG picture"),
+)
+_CHUNK_BYTES = 1 << 18
+_MAX_INFLATION = 1032  # deflate codes at most 258 bytes in 2 bits
+_MAX_TAIL_BYTES = 64 << 10  # read beyond the expected end before giving up
+
+
+def refuse(code: str, reason: str, hint: str | None = None) -> NoReturn:
+    """Raise the refusal of a file; `opened` adds its name."""
+    raise VolumeError(Fault(code, reason, hint=hint))
+
+
+@contextmanager
+def opened(path: Path) -> Generator[BufferedReader]:
+    """Open a regular, filled file; every refusal raised in the block names it.
+
+    Raises:
+        VolumeError: VOL-MISSING, VOL-KIND, VOL-EMPTY, or what the block refused.
+    """
+    try:
+        status = _status(path)
+        if not stat.S_ISREG(status.st_mode):  # asked before open: a FIFO would block, a device might act
+            refuse("VOL-KIND", f"is a {_kind(status.st_mode)}, not a file")
+        if status.st_size == 0:
+            refuse("VOL-EMPTY", "holds no bytes")
+        with path.open("rb") as file:
+            yield file
+    except VolumeError as error:
+        raise VolumeError(*(replace(fault, file=str(path)) for fault in error.faults)) from error.__cause__
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror or error})"
+        raise VolumeError(Fault("VOL-MISSING", reason, file=str(path))) from error
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        refuse("VOL-MISSING", "is not there")
+    except ValueError as error:
+        refuse("VOL-MISSING", f"cannot be a file name ({error})")
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFSOCK: "socket", stat.S_IFIFO: "FIFO"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
+def kind_of(head: bytes) -> str:
+    """Say what a file is whose first bytes are ``head``."""
+    for offset, magic, kind in _KINDS:
+        if head[offset : offset + len(magic)] == magic:
+            return kind
+    return "unknown data" if re.search(rb"[\x00-\x08\x0e-\x1f]", head) else "text"
+
+
+def check_name(name: str, head: bytes, packed: bool) -> None:
+    """Refuse a file whose name tells otherwise of its compression than its first inflated bytes.
+
+    Raises:
+        VolumeError: VOL-FORMAT, VOL-EMPTY (nothing in the gzip stream) or VOL-SIZE (gzip in gzip).
+    """
+    if not head:
+        refuse("VOL-EMPTY", "holds no bytes once inflated")
+    if packed and head.startswith(GZIP_MAGIC):
+        refuse("VOL-SIZE", "is gzip inside gzip", "decompress it once")
+    if name.lower().endswith(".gz") and not packed:
+        refuse("VOL-FORMAT", f"is named .gz, but is not gzip: it holds {kind_of(head)}")
+    if name.lower().endswith(".nii") and packed:
+        refuse("VOL-FORMAT", f"is named .nii, but is gzip: it holds {kind_of(head)}")
+
+
+class ByteStream:
+    """The content of a plain or gzip file, in order, told apart by its first bytes.
+
+    Attributes:
+        packed: True for gzip.
+        position: Count of bytes read so far.
+        capacity: The most bytes that a file of this size can hold.
+    """
+
+    def __init__(self, file: BufferedReader) -> None:
+        self._file = file
+        self.packed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+        file.seek(0)
+        self.capacity = os.fstat(file.fileno()).st_size * (_MAX_INFLATION if self.packed else 1)
+        self.position = 0
+        self._waiting = b""  # packed bytes that were read, but not yet inflated
+        self._member = zlib.decompressobj(wbits=31)  # zlib verifies checksum and length as a member ends
+
+    def take(self, size: int) -> bytes:
+        """Return the next ``size`` bytes, fewer only at the end."""
+        pieces = []
+        while size > 0 and (piece := self._next(size)):
+            pieces.append(piece)
+            size -= len(piece)
+        return b"".join(pieces)
+
+    def fill(self, size: int) -> np.ndarray:
+        """Return the next ``size`` bytes as a uint8 array of shape [size]."""
+        content = np.empty(size, np.uint8)
+        filled = 0
+        while filled < size:
+            piece = self._next(size - filled)
+            if not piece:
+                refuse("VOL-TRUNC", f"ends after {filled} of {size} bytes", "copy the file again")
+            content[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
+            filled += len(piece)
+        return content
+
+    def finish(self) -> None:
+        """Read on to the end, which has the checksum verified; nothing may follow."""
+        tail = 0
+        while piece := self._next(_MAX_TAIL_BYTES):
+            tail += len(piece)
+            if tail > _MAX_TAIL_BYTES:
+                refuse("VOL-SIZE", f"more than {_MAX_TAIL_BYTES} bytes follow the last voxel")
+        if tail:
+            refuse("VOL-TRAIL", f"{tail} bytes follow the last voxel")
+
+    def _next(self, size: int) -> bytes:
+        """Return 1 to ``size`` bytes, or none at the verified end."""
+        size = min(size, _CHUNK_BYTES)
+        piece = self._inflate(size) if self.packed else self._file.read(size)
+        self.position += len(piece)
+        return piece
+
+    def _inflate(self, size: int) -> bytes:
+        while not self._member.eof or self._next_member():
+            packed = self._waiting or self._file.read(_CHUNK_BYTES)
+            try:
+                piece = self._member.decompress(packed, size)
+            except zlib.error as error:
+                detail = str(error).rpartition(": ")[2]
+                refuse("VOL-CRC", f"gzip stream is damaged ({detail})", "copy the file again")
+            self._waiting = self._member.unconsumed_tail
+            if piece:
+                return piece
+            if not packed and not self._member.eof:
+                refuse("VOL-TRUNC", "gzip stream ends early", "copy the file again")
+        return b""
+
+    def _next_member(self) -> bool:
+        """Begin the next gzip member, as parallel and block compressors write them."""
+        rest = self._member.unused_data
+        if len(rest) < len(GZIP_MAGIC):
+            rest += self._file.read(_CHUNK_BYTES)
+        if not rest:
+            return False
+        if not rest.startswith(GZIP_MAGIC):
+            refuse("VOL-TRAIL", "bytes follow the end of the gzip stream", "copy the file again")
+        self._waiting, self._member = rest, zlib.decompressobj(wbits=31)
+        return True
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write aside in the same folder and rename, so that the file is whole or not there.
+
+    Raises:
+        StorageError: The disk is full, read-only or gone; an earlier file stays as it was.
+    """
+    aside = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}")  # a longer name might not fit
+    try:
+        with aside.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror or error})"
+        raise StorageError(Fault("VOL-WRITE", reason, file=str(path))) from error
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)

@@ -1,0 +1,174 @@
+"""How a run is kept and taken up again: when a checkpoint is due, what it holds, and how it is put back."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from emoe_med.errors import EXIT_SIGINT, EXIT_SIGTERM, CheckpointError, ConfigError, Fault, Interrupted
+from emoe_med.training import optim, runtime
+from emoe_med.training.checkpoint import (
+    Checkpoint,
+    CheckpointFolder,
+    Which,
+    check_tensors,
+    load_model_weights,
+)
+from emoe_med.training.run_folder import write_environment
+from emoe_med.training.trainer import Position, Trainer
+
+LOG = logging.getLogger("emoe_med")
+ONLINE = "online"  # slot of the trained weights in optim.safetensors, where the model file has their average
+GRACE_S = 120  # what a cluster leaves after its signal (`sbatch --signal=B:TERM@120`)
+
+
+class Keeper:
+    """Begin or resume a run, and save it when a checkpoint is due, a validation is best, or a signal came."""
+
+    def __init__(self, trainer: Trainer, run_dir: Path, minutes: float) -> None:
+        self.trainer, self.machine, self.tracker = trainer, trainer.machine, trainer.tracker
+        self.run_dir = run_dir
+        self.checkpoints = CheckpointFolder(run_dir)
+        self._period_s = minutes * 60
+        self._saved_at = self._stepped_at = time.monotonic()
+        self._longest_step_s = 0.0
+        self._too_slow = False
+
+    def begin(self, resume: bool) -> None:
+        """Take up the last checkpoint, or see that the folder holds no run yet.
+
+        Raises:
+            ConfigError: The folder holds a run, and it is not to be resumed.
+            CheckpointError: Damaged, or of another configuration, manifest or number of ranks.
+        """
+        checkpoint = self.checkpoints.load("last") if resume else None
+        taken = self.tracker.begun or self.checkpoints.find("last") is not None
+        if not resume and self.machine.any(taken)[0]:
+            hint = "resume it, or choose another folder"
+            raise ConfigError(Fault("RUN-EXISTS", "this folder holds a run", file=str(self.run_dir), hint=hint))
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        if self.machine.first:
+            best = self.trainer.position.best
+            last = None if checkpoint is None else checkpoint.folder
+            self.checkpoints.tidy(last, None if best is None else best["step"])
+            facts = {"seed": self.trainer.config.seed, "precision": self.trainer.config.precision}
+            write_environment(self.run_dir, self.machine.device, {**facts, **self._digests()})
+        self.tracker.note("start", step=self.trainer.position.step)
+
+    def after_step(self, stop: runtime.StopSignal) -> None:
+        """Save if it is time; save and end if a signal came to any rank.
+
+        Raises:
+            Interrupted: With the exit code of the signal.
+        """
+        now = time.monotonic()
+        self._longest_step_s = max(self._longest_step_s, now - self._stepped_at)
+        interrupted, terminated, due = self.machine.any(
+            stop.code == EXIT_SIGINT, stop.code == EXIT_SIGTERM, self.machine.first and self._due(now)
+        )
+        if interrupted or terminated:
+            self.stop(EXIT_SIGTERM if terminated else EXIT_SIGINT)
+        if due:
+            self._save()
+        self._stepped_at = time.monotonic()
+
+    def after_epoch(self, is_best: bool) -> None:
+        """Save a best validation, the end of the run, and what is due."""
+        last = self.trainer.position.epoch == self.trainer.config.epochs
+        if self.machine.any(is_best or last or (self.machine.first and self._due(time.monotonic())))[0]:
+            self._save(is_best)
+        self._stepped_at = time.monotonic()
+
+    def stop(self, code: int) -> NoReturn:
+        """Save and end.
+
+        Raises:
+            Interrupted: Always.
+        """
+        self._save()
+        signal = "SIGTERM" if code == EXIT_SIGTERM else "SIGINT"
+        reason = f"stopped by {signal} after step {self.trainer.position.step}; the state was saved"
+        raise Interrupted(code, Fault("RUN-STOPPED", reason, file=str(self.run_dir), hint="resume to go on"))
+
+    def selected(self, which: Which) -> Path:
+        """Return the checkpoint folder to use; the last one where no validation was ever a number."""
+        self.machine.wait()
+        folder = self.checkpoints.find(which)
+        if folder is None and which == "best":
+            LOG.warning("no best checkpoint is kept: the last weights are used")
+            folder = self.checkpoints.find("last")
+        if folder is None:
+            raise CheckpointError(Fault("CKPT-MISSING", "no checkpoint", file=str(self.checkpoints.path)))
+        return folder
+
+    def _due(self, now: float) -> bool:
+        return now - self._saved_at >= self._period_s
+
+    def _digests(self) -> dict[str, Any]:
+        return {**self.trainer.task.digests, "world_size": self.machine.world_size}
+
+    def _save(self, is_best: bool = False) -> None:
+        start, trainer = time.monotonic(), self.trainer
+        state = {
+            "step": trainer.position.step,
+            "position": asdict(trainer.position),
+            "random": self.machine.gather(runtime.random_state(self.machine.device)),
+            "averaged": 0 if trainer.average is None else int(trainer.average.n_averaged),
+            "digests": self._digests(),
+            "meta": getattr(trainer.task, "meta", {}),
+        }
+        if self.machine.first:
+            tensors = optim.optimizer_tensors(trainer.optimizer, trainer.model)
+            if trainer.average is not None:
+                tensors |= {f"{name}/{ONLINE}": value for name, value in trainer.model.state_dict().items()}
+            self.tracker.sync_to_disk()  # no checkpoint may know more than the journal
+            folder = self.checkpoints.save(trainer.served.state_dict(), tensors, state, is_best)
+            self.tracker.note("checkpoint", folder=folder.name)
+        self._saved_at = time.monotonic()
+        if self._longest_step_s + self._saved_at - start > GRACE_S and not self._too_slow:
+            self._too_slow = True
+            LOG.warning("a step and a save take more than %d s, which a cluster may not wait", GRACE_S)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Put a checkpoint back; everything is compared before anything is changed."""
+        trainer, state, folder = self.trainer, checkpoint.state, checkpoint.folder
+        _check_digests(state["digests"], self._digests(), folder)
+        mark = f"/{ONLINE}"
+        online = {n.removesuffix(mark): t for n, t in checkpoint.optim.items() if n.endswith(mark)}
+        slots = {n: t for n, t in checkpoint.optim.items() if not n.endswith(mark)}
+        shapes = {name: value.shape for name, value in trainer.model.state_dict().items()}
+        check_tensors(checkpoint.model, shapes, folder)
+        check_tensors(online, {} if trainer.average is None else shapes, folder)
+        check_tensors(slots, optim.expected_shapes(trainer.model, slots), folder)
+        load_model_weights(trainer.served, checkpoint.model, folder)
+        if trainer.average is not None:
+            load_model_weights(trainer.model, online, folder)
+            trainer.average.n_averaged.fill_(state["averaged"])
+        optim.load_optimizer_tensors(trainer.optimizer, trainer.model, slots)
+        trainer.position = Position(**state["position"])
+        runtime.set_random_state(state["random"][self.machine.rank], self.machine.device)
+
+
+def _check_digests(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to resume under another configuration, manifest or number of ranks.
+
+    Raises:
+        CheckpointError: One fault per digest that differs.
+    """
+    faults = [
+        Fault(
+            "CKPT-OTHER",
+            f"{name} was {saved.get(name)} when this checkpoint was written and is {now.get(name)} now",
+            str(folder),
+            hint="resume with what the run was started with, or start a new run",
+        )
+        for name in sorted({*saved, *now})
+        if saved.get(name) != now.get(name)
+    ]
+    if faults:
+        raise CheckpointError(*faults)

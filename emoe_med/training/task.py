@@ -1,0 +1,118 @@
+"""What the loop asks of a task and of the options; brain age and vision each bring their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+
+
+class MapDataset(Protocol):
+    """A map-style data set: sample i is a dict of tensors and numbers that includes an int `row`."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Batch:
+        """Return one sample; nothing random happens here."""
+        ...
+
+
+class Task(Protocol):
+    """Data, model, loss and validation of one task.
+
+    Metric names are those of the record (`val/mae`, `expert/E03/load`); see `allow_list.METRIC`. A task may
+    also have `meta`, a JSON-able dict that every checkpoint carries (the preprocessing contract).
+
+    Attributes:
+        train_data: Samples to learn from.
+        val_data: Samples to select on.
+        selection: Name of the validation metric to select by, and which end of it is better.
+        digests: What must be equal for a resume, such as `config_sha256` and `manifest_sha256`.
+    """
+
+    train_data: MapDataset
+    val_data: MapDataset
+    selection: tuple[str, Literal["min", "max"]]
+    digests: Mapping[str, str]
+
+    def build_model(self) -> nn.Module:
+        """Build the model on the CPU; random weights come from torch's global generator."""
+        ...
+
+    def prepare(self, batch: Batch, train: bool, keys: Tensor) -> Batch:
+        """Finish a collated batch on the device: augmentation (in training), casts.
+
+        Args:
+            batch: Collated samples, [B, ...] each, on the device.
+            train: Whether to augment.
+            keys: [B] int64 on the CPU, the augmentation seed of each sample from (seed, epoch, row).
+        """
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss [] to descend, auxiliary losses of routers included, and its parts [] by bare name.
+
+        `model` may be wrapped for several ranks: call it, and touch nothing else of it. The names of the
+        parts are the same in every batch; the record has them as `train/<name>`.
+        """
+        ...
+
+    def validate(self, model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
+        """Measure the model on prepared batches, without gradients; every rank sees the whole set."""
+        ...
+
+    def end_of_epoch(self, model: nn.Module) -> dict[str, float]:
+        """Return further metrics after validation, such as expert loads; called on every rank."""
+        ...
+
+
+class TrainingOptions(Protocol):
+    """Options of the loop.
+
+    Attributes:
+        epochs: Passes over the training data.
+        batch_size: Samples of one forward pass on one rank.
+        accumulate: Forward passes per optimiser step.
+        lr: Peak learning rate of AdamW.
+        weight_decay: On everything but biases, norms and what a module exempts.
+        schedule: `cosine` after linear warm-up, or `one_cycle`.
+        warmup_share: Share of all steps spent rising to `lr`.
+        final_lr_share: Last learning rate as a share of `lr`.
+        clip_norm: Largest joint gradient norm.
+        ema_decay: Decay of the moving average of the weights, which is then what is validated and kept; None
+            for no average.
+        precision: `fp32`, or `bf16` autocast.
+        channels_last: Keep convolution weights and images channels-last.
+        deterministic: Same bits twice, or an error.
+        threads: Threads of torch's CPU operators.
+        workers: Loader processes.
+        checkpoint_minutes: Longest time between checkpoints.
+        skip_nonfinite: Steps without a finite loss or gradient that may be left out before the run stops.
+        select: Weights that `fit` returns.
+        seed: Of everything random.
+    """
+
+    epochs: int
+    batch_size: int
+    accumulate: int
+    lr: float
+    weight_decay: float
+    schedule: Literal["cosine", "one_cycle"]
+    warmup_share: float
+    final_lr_share: float
+    clip_norm: float
+    ema_decay: float | None
+    precision: Literal["fp32", "bf16"]
+    channels_last: bool
+    deterministic: bool
+    threads: int | None
+    workers: int
+    checkpoint_minutes: float
+    skip_nonfinite: int
+    select: Literal["best", "last"]
+    seed: int

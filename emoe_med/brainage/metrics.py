@@ -21,7 +21,7 @@ from emoe_med.errors import DataError, Fault
 
 MIN_PERSONS = 5  # a percentile interval of fewer persons is narrower than the truth, and looks precise
 MIN_DEFINED = 0.95  # share of draws in which a metric must exist for its interval to be given
-CONSTANT_YEARS = 1e-6  # values closer together than this are one value
+CONSTANT_YEARS = 1e-4  # values closer together than this are one value
 CHUNK = 4_000_000  # counts held in memory at once
 
 Estimate = dict[str, float | int | str | None]  # value, low, high, n (persons), and reason where one is None
@@ -134,41 +134,50 @@ def _drawn_values(
 ) -> dict[str, np.ndarray]:
     """Compute each metric in each draw, counts [W, S] -> {metric: [W]}; NaN where undefined."""
     total, pad = counts.sum(1), predicted - age
-    mae = counts @ np.abs(pad) / total
-    null = counts @ np.abs(age - training_median) / total
-    mean_square = counts @ pad**2 / total
-    variance = _covariance(counts, age, age)
-    age_span = np.where(counts > 0, age, -np.inf).max(1) - np.where(counts > 0, age, np.inf).min(1)
+    a, p = age - age.mean(), predicted - predicted.mean()  # centred, or the second moments would cancel
+    columns = [np.abs(pad), np.abs(age - training_median), pad, pad**2, a, p, a * a, p * p, a * p]
+    mae, null, mean_error, mean_square, a, p, aa, pp, ap = (counts @ np.stack(columns, 1) / total[:, None]).T
+    age_variance = _positive(aa - a**2)
+    predicted_variance, covariance = _positive(pp - p**2), ap - a * p
+    pad_variance = _positive(aa - a**2 + pp - p**2 - 2 * covariance)
     age_ranks = _ranks(counts, age)
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
             "mae": mae,
             "rmse": np.sqrt(mean_square),
-            "mean_error": counts @ pad / total,
+            "mean_error": mean_error,
             "mae_training_median": null,
             "skill": 1 - mae / null,
-            "pearson_r": _correlation(counts, age, predicted),
-            "spearman_r": _correlation(counts, age_ranks, _ranks(counts, predicted)),
-            "r_pad_age": _correlation(counts, age, pad),
-            "spearman_pad_age": _correlation(counts, age_ranks, _ranks(counts, pad)),
-            "r2": 1 - mean_square / variance,
-            "slope": _covariance(counts, age, predicted) / variance,
-            "mae_over_range": mae / np.where(age_span > CONSTANT_YEARS, age_span, np.nan),
+            "pearson_r": covariance / np.sqrt(age_variance * predicted_variance),
+            "spearman_r": _rank_correlation(counts, age_ranks, _ranks(counts, predicted)),
+            "r_pad_age": (covariance - age_variance) / np.sqrt(age_variance * pad_variance),
+            "spearman_pad_age": _rank_correlation(counts, age_ranks, _ranks(counts, pad)),
+            "r2": 1 - mean_square / age_variance,
+            "slope": covariance / age_variance,
+            "mae_over_range": mae / _positive(_span(counts, age)),
         }
 
 
-def _covariance(counts: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Weighted covariance per draw [W] of a and b, [S] or [W, S]; NaN where a is constant."""
-    total = counts.sum(1, keepdims=True)
-    a = a - (counts * a).sum(1, keepdims=True) / total
-    b = b - (counts * b).sum(1, keepdims=True) / total
-    covariance = (counts * a * b).sum(1) / total[:, 0]
-    return np.where(np.abs(counts * a).max(1) < CONSTANT_YEARS, np.nan, covariance)
+def _positive(spread: np.ndarray) -> np.ndarray:
+    """Variances or spans [W], NaN where they are 0 up to rounding."""
+    return np.where(spread > CONSTANT_YEARS**2, spread, np.nan)
 
 
-def _correlation(counts: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    scale = np.sqrt(_covariance(counts, a, a) * _covariance(counts, b, b))
-    return _covariance(counts, a, b) / scale
+def _span(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    order = np.argsort(values)
+    is_drawn = counts[:, order] > 0
+    highest = values[order][::-1][is_drawn[:, ::-1].argmax(1)]
+    return highest - values[order][is_drawn.argmax(1)]
+
+
+def _rank_correlation(counts: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Correlation per draw [W] of mid-ranks [W, S], whose mean is known: half their number, and a half."""
+    total = counts.sum(1)
+
+    def covariance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.einsum("ws,ws,ws->w", counts, x, y) / total - ((total + 1) / 2) ** 2
+
+    return covariance(a, b) / np.sqrt(_positive(covariance(a, a)) * _positive(covariance(b, b)))
 
 
 def _ranks(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -257,7 +266,9 @@ def evaluate(
         return accuracy(*arrays, training_median=training_median, bootstrap=bootstrap)
 
     found: dict[str, Any] = {name: measure(table) for name, table in first.items()}
-    found["all_sessions"] = {name: measure(table) for name, table in scored.items()}
+    found["all_sessions"] = {
+        name: measure(table) if len(table) > len(first[name]) else found[name] for name, table in scored.items()
+    }
     decade = (first["test"]["age"] // 10 * 10).astype(int)
     found["by_age"] = by_stratum(first["test"], decade.map(lambda low: f"{low:02d}-{low + 9:02d}"), bootstrap)
     for key in ("sex", "site"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from emoe_med.data.manifest import Scan
 from emoe_med.data.register import align_affine, box_grid, resample
 from emoe_med.data.volume import StrictReader, file_digest
 from emoe_med.errors import Fault, VolumeError
+
+LOG = logging.getLogger("emoe_med")
 
 # part of every cache key: raise it when a step below changes what it gives
 CHAIN_VERSION = 1
@@ -127,16 +130,19 @@ def box_centre_mm() -> np.ndarray:
 
 
 class ToCacheEntry(Transform):
-    """Store the image as float16 with the digest of its bytes beside it."""
+    """Store the image as float16, and the digest of everything beside it."""
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Return what goes to disk."""
-        image = data["image"].half()
-        return {**data, "image": image, "digest": _tensor_digest(image)}
+        entry = {**data, "image": data["image"].half()}
+        return {**entry, "digest": _digest(entry)}
 
 
-def _tensor_digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+def _digest(entry: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name in ("image", "similarity", "matrix"):
+        digest.update(entry[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def make_chain(options: ChainOptions) -> Compose:
@@ -232,11 +238,11 @@ class HeadDataset(PersistentDataset):
         file = Path(self.cache_dir) / f"{self._key(item).decode()}.pt"
         if file.is_file():
             try:
-                entry = self._cachecheck(item)
-                if entry["digest"] == _tensor_digest(entry["image"]):
+                entry = torch.load(file, weights_only=True)
+                if entry["digest"] == _digest(entry):
                     return entry
-            except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError):
-                pass  # torch.load has no one error for damaged files
+            except Exception:  # torch.load has no one error for damaged files
+                LOG.debug("cache entry cannot be read: %s", file.name)
             file.unlink(missing_ok=True)
         return self._cachecheck(item)
 

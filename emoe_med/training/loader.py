@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +86,7 @@ def make_loader(
         collate_fn=_collate,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_outlive_signals,
         # its own generator: an iterator draws a seed, which must not disturb the run's random state
         generator=torch.Generator().manual_seed(0),
     )
@@ -131,7 +133,18 @@ def _collate(samples: Sequence[Any]) -> Any:
     return default_collate(list(samples))
 
 
-def _ignore_signals(worker: int) -> None:
-    # the main process decides when to stop; a worker that dies of the same signal would look like a crash
+def _outlive_signals(worker: int) -> None:
+    """Let a worker outlive signals sent to all processes of a job; the main process decides when to stop.
+
+    A worker that dies of the same signal would look like a crash. The SIGTERM that Python sends to its own
+    children when it ends is obeyed: it waits for them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from emoe_med.training.checkpoint import load_checkpoint, load_model_weights
+from emoe_med.training.checkpoint import load_model_state, load_model_weights
 from emoe_med.training.progress import EpochProgress
 from emoe_med.training.resume import Keeper
 from emoe_med.training.runtime import StopSignal, memory_told, prepared
@@ -61,9 +61,9 @@ def fit(task: Task, config: TrainingOptions, run_dir: Path, tracker: Tracker, re
     ):
         with memory_told(machine.device, lambda: "building the model"):
             trainer = Trainer(task, config, machine, tracker)
-        keeper = Keeper(trainer, run_dir, config.checkpoint_minutes)
-        keeper.begin(resume)
         with memory_told(machine.device, trainer.describe_batch):
+            keeper = Keeper(trainer, run_dir, config.checkpoint_minutes)
+            keeper.begin(resume)
             while trainer.position.epoch < config.epochs:
                 for batches in trainer.steps_left():
                     trainer.train_step(batches)
@@ -79,5 +79,5 @@ def fit(task: Task, config: TrainingOptions, run_dir: Path, tracker: Tracker, re
                 tracker.flush()
         folder = keeper.selected(config.select)
         model, at = trainer.model, trainer.position
-        load_model_weights(model, load_checkpoint(folder).model, folder)
+        load_model_weights(model, load_model_state(folder)[0], folder)
         return FitResult(model.eval(), folder, at.step, at.best, at.history)

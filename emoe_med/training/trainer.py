@@ -206,10 +206,17 @@ class Trainer:
             runtime.set_random_state(before, device)
 
     def _validation_batches(self, stop: runtime.StopSignal) -> Iterator[Batch]:
-        for batch in read_batches(self._val_loader):
+        batches = read_batches(self._val_loader)
+        while True:
+            # the consumer runs under autocast, which would reach in here and spoil the collation of float16
+            with torch.autocast(self.machine.device.type, enabled=False):
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                prepared = self._prepare(batch, train=False)
             if stop.code and self.machine.world_size == 1:
                 raise Stopped
-            yield self._prepare(batch, train=False)
+            yield prepared
 
     def end_epoch(self, metrics: Mapping[str, float]) -> bool:
         """Record an epoch and go to the next; returns whether its validation is the best so far."""

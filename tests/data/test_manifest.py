@@ -249,6 +249,14 @@ def test_names_equal_but_for_case_or_accents_are_told(tmp_path):
     assert faults(write(tmp_path, text, images=tuple(names))) == [(3, "MAN-IMAGE"), (4, "MAN-IMAGE")]
 
 
+def test_a_second_name_of_one_file_is_told_unread(tmp_path):
+    write(tmp_path, "", images=("a.nii", "b.nii"))
+    (tmp_path / "link.nii").symlink_to("a.nii")
+    (tmp_path / "hard.nii").hardlink_to(tmp_path / "b.nii")
+    path = write(tmp_path, "image,age\na.nii,50.5\nb.nii,60\nlink.nii,61\nhard.nii,62\n./a.nii,63\n")
+    assert faults(path) == [(4, "MAN-IMAGE"), (5, "MAN-IMAGE"), (6, "MAN-IMAGE")]
+
+
 def test_data_root_is_argument_then_environment_then_folder(tmp_path, monkeypatch):
     text = "image,age\na.nii,50.5\nb.nii,60\n"
     for name in ("argument", "environment", "folder"):

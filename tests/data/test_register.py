@@ -16,9 +16,7 @@ def _map(seed: int, degrees: float, scale: float, shear: float, shift_mm: float)
     """A random affine of at most these sizes."""
     rng = np.random.default_rng(seed)
     matrix = np.eye(4)
-    for plane, angle in zip(
-        [(0, 1), (0, 2), (1, 2)], np.deg2rad(rng.uniform(-degrees, degrees, 3)), strict=True
-    ):
+    for plane, angle in zip([(0, 1), (0, 2), (1, 2)], np.deg2rad(rng.uniform(-degrees, degrees, 3)), strict=True):
         turn = np.eye(4)
         turn[np.ix_(plane, plane)] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
         matrix = matrix @ turn
@@ -234,8 +232,7 @@ def test_real_heads_end_closer_to_the_template_than_by_centring():
         template_centre = np.argwhere(template(4.0)[0] > 0.1).mean(axis=0) @ grid[:3, :3] + grid[:3, 3]
         centring[:3, 3] = image.affine[:3] @ [*np.argwhere(mask).mean(axis=0), 1] - template_centre
         before, after = (
-            _correlation(resample(head, image.affine, matrix, grid, shape))
-            for matrix in (centring, found.matrix)
+            _correlation(resample(head, image.affine, matrix, grid, shape)) for matrix in (centring, found.matrix)
         )
         assert after > before + 0.02
         assert after > 0.92

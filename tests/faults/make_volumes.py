@@ -41,9 +41,7 @@ def sform(affine: np.ndarray) -> dict[str, Any]:
     return {"srow_x": affine[0], "srow_y": affine[1], "srow_z": affine[2]}
 
 
-def nifti(
-    voxels: np.ndarray, affine=None, *, version: int = 1, endian: str = "<", extension: bytes = b"", **fields
-):
+def nifti(voxels: np.ndarray, affine=None, *, version: int = 1, endian: str = "<", extension: bytes = b"", **fields):
     """Bytes of a NIfTI file: a header with both forms set, then ``fields`` put over it, then the voxels."""
     header = _HEADERS[version](endianness=endian)
     header.set_data_shape(voxels.shape)
@@ -123,9 +121,7 @@ def _sheared(cosine: float) -> dict[str, Any]:
 
 
 _NAN, _INF = float("nan"), float("inf")
-HEADER_FAULTS: dict[
-    str, tuple[dict[str, Any], str | None]
-] = {  # fields put over a sound header, code or None
+HEADER_FAULTS: dict[str, tuple[dict[str, Any], str | None]] = {  # fields put over a sound header, code or None
     "no axes": ({"dim": [0, 24, 26, 28, 1, 1, 1, 1]}, "VOL-DIM"),
     "eight axes": ({"dim": [8, 24, 26, 28, 1, 1, 1, 1]}, "VOL-DIM"),
     "negative axis count": ({"dim": [-3, 24, 26, 28, 1, 1, 1, 1]}, "VOL-DIM"),

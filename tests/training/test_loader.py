@@ -81,7 +81,7 @@ def test_orders_differ_between_epochs_and_seeds():
 
 
 def test_fewer_samples_than_one_step_are_refused_with_the_numbers():
-    with pytest.raises(ConfigError, match="7 training samples .* batch_size 4 x accumulate 2 x 1 ranks"):
+    with pytest.raises(ConfigError, match=r"7 training samples .* batch_size 4 x accumulate 2 x 1 ranks"):
         ResumableSampler(7, 4, 0, accumulate=2)
 
 

@@ -1,0 +1,35 @@
+PY ?= python3
+BIN := .venv/bin
+# uv does not read pip's configuration; hand it the folder of local wheels, where pip has one
+export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS),$(shell $(PY) -m pip config get global.find-links 2>/dev/null))
+
+.PHONY: demo test lint faults bench ui clean
+
+demo: .venv/.installed
+	$(BIN)/python -m emoe_med.brainage demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest -m "not faults"
+
+faults: .venv/.installed
+	$(BIN)/python -m pytest -m faults
+
+lint: .venv/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/ty check emoe_med
+
+bench: .venv/.installed
+	$(BIN)/python benchmarks/brainage.py
+
+ui: .venv/.installed
+	$(BIN)/python -m emoe_med.brainage ui --out demo/runs
+
+clean:
+	rm -rf .venv demo runs
+
+.venv/.installed: requirements.lock pyproject.toml
+	$(PY) -m venv .venv
+	$(BIN)/python -m pip install -q uv==0.13.9 \
+	  && $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -r requirements.lock \
+	  || $(BIN)/python -m pip install -q -r requirements.lock
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@

@@ -1,0 +1,48 @@
+"""Serve the tracked runs of a folder on loopback and say where to look."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from emoe_med.errors import ConfigError, Fault
+from emoe_med.training.outbox import read_record
+from emoe_med.training.store import deep_link, serve
+
+
+def serve_runs(out: Path, port: int, say: Callable[[str], None]) -> None:
+    """Start MLflow over `out`, print the links of its runs, and stay until interrupted.
+
+    Raises:
+        ConfigError: No tracked run there, or the server did not start.
+    """
+    links = run_links(out, f"http://127.0.0.1:{port}")
+    if not links:
+        raise ConfigError(Fault("UI-NONE", "no tracked run in this folder", str(out), hint="train one first"))
+    with serve(out, port) as address:
+        say(f"MLflow on this machine alone: {address}/?workflowType=machine_learning")
+        for name, link in links.items():
+            say(f"{name}: {link}")
+        say("Ctrl-C ends it")
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        stop.wait()
+
+
+def run_links(out: Path, address: str) -> dict[str, str]:
+    """Return the page of the report of each evaluated run below `out`, by the run's folder."""
+    links = {}
+    for report in sorted(out.glob("*/*/report/report.html")):
+        run_dir = report.parent.parent
+        try:
+            record = read_record(run_dir)
+        except (OSError, json.JSONDecodeError):
+            continue
+        if record.get("run_id"):
+            name = run_dir.relative_to(out).as_posix()
+            links[name] = deep_link(address, record["experiment_id"], record["run_id"], "report/report.html")
+    return links

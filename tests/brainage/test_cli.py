@@ -1,0 +1,291 @@
+"""The command line as a person uses it: a small synthetic cohort through every verb, and what goes wrong."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from emoe_med.brainage.__main__ import app
+from emoe_med.data.cohort import write_cohort
+
+REPOSITORY = Path(__file__).parent.parent.parent
+TINY = """
+name: {name}
+data: {{spacing_mm: 8, oversample: 1, align: centred, folds: 3, val_share: 0.3}}
+augment: {{flip: 0.5, shift_voxels: 1}}
+model: {{stem: 1, channels: [4, 8], pooled: 1, neck: 8, dropout: 0.2, head: l1{moe}}}
+training: {{epochs: 2, batch_size: 4, lr: 3e-3, threads: 1}}
+evaluation: {{bootstrap: 1000}}
+tracking: {{mlflow: {mlflow}}}
+"""
+LAYER = ", moe: {after_block: 1, num_experts: 3, router: {kind: eigen, rank: 3}, experts: {kind: mlp, hidden: 2}}"
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def write_config(folder: Path, name: str, moe: str = "", mlflow: str = "false") -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(TINY.format(name=name, moe=moe, mlflow=mlflow))
+    return path
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cohort") / "synthetic"
+    return write_cohort(folder, persons=21, seed=5, spacing_mm=8.0)
+
+
+@pytest.fixture(scope="module")
+def trained(cohort, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    for name, moe in (("tiny_emoe", LAYER), ("tiny_cnn", "")):
+        config = write_config(out, name, moe, mlflow="true" if moe else "false")
+        run("train", "--manifest", cohort, "--config", config, "--out", out, "--fold", "0,1")
+    return out
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    code = (
+        "import sys; import emoe_med.brainage.__main__, emoe_med.config; "
+        "print({'torch', 'monai', 'mlflow', 'pandas', 'numpy'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+    for verb in ("train", "predict", "evaluate", "check", "compare", "demo", "ui", "doctor", "manifest"):
+        assert "Example" in run(verb, "--help").output or verb == "manifest"
+
+
+def test_training_leaves_the_run_folder_of_the_design(trained):
+    run_dir = trained / "tiny_emoe" / "seed0-fold0"
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "splits.csv",
+        "journal.jsonl",
+        "metrics.json",
+        "report/report.html",
+    ):
+        assert (run_dir / name).is_file(), name
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    for name in ("mae", "rmse", "pearson_r", "spearman_r", "r2", "skill", "r_pad_age"):
+        assert {"value", "low", "high", "n"} <= set(metrics["test"][name])
+    assert {"by_age", "by_sex", "by_site", "corrected", "val"} <= set(metrics)
+    routing = metrics["routing"]["block1"]
+    assert 0 <= routing["cv"] < 1.5
+    assert routing["orthonormality_error"] < 1e-4
+    assert routing["captured_variance"] > 0.9
+    assert {"mae_permuted_routing", "mae_without_branch", "branch_over_stream"} <= set(routing)
+    assert "routing" not in json.loads((trained / "tiny_cnn" / "seed0-fold0" / "metrics.json").read_text())
+
+
+def test_no_person_is_in_two_splits_and_folds_share_no_test_person(trained, cohort):
+    scans = pd.read_csv(cohort)
+    seen = []
+    for fold in (0, 1):
+        splits = pd.read_csv(trained / "tiny_emoe" / f"seed0-fold{fold}" / "splits.csv")
+        joined = splits.assign(person=scans["participant_id"].to_numpy())
+        assert (joined.groupby("person")["split"].nunique() == 1).all()
+        seen.append(set(joined.loc[joined["split"] == "test", "person"]))
+    assert not seen[0] & seen[1]
+    one = pd.read_csv(trained / "tiny_cnn" / "seed0-fold0" / "splits.csv")
+    other = pd.read_csv(trained / "tiny_emoe" / "seed0-fold0" / "splits.csv")
+    pd.testing.assert_frame_equal(one, other)
+
+
+def test_nothing_that_names_a_person_leaves_the_manifest(trained, cohort):
+    ids = pd.read_csv(cohort)["participant_id"].unique()
+    secrets = [*map(str, ids), str(cohort.parent)]
+    for path in (trained / "tiny_emoe").rglob("*"):
+        if path.is_file() and path.name != "local.log":
+            content = path.read_bytes()
+            assert not [secret for secret in secrets if secret.encode() in content], path
+    for path in (trained / "mlflow.db", *(trained / "mlartifacts").rglob("*.*")):
+        content = path.read_bytes()
+        assert not [secret for secret in secrets if secret.encode() in content], path
+
+
+def test_a_second_start_is_refused_and_resume_skips_what_is_done(trained, cohort):
+    config = trained / "tiny_emoe.yaml"
+    again = ("train", "--manifest", cohort, "--config", config, "--out", trained, "--fold", "0")
+    refused = run(*again, code=2)
+    assert "RUN-EXISTS" in refused.output
+    assert "--resume" in refused.output
+    before = (trained / "tiny_emoe" / "seed0-fold0" / "metrics.json").stat().st_mtime_ns
+    run(*again, "--resume")
+    assert (trained / "tiny_emoe" / "seed0-fold0" / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_evaluate_again_gives_the_same_figures(trained):
+    path = trained / "tiny_cnn" / "seed0-fold0" / "metrics.json"
+    before = json.loads(path.read_text())
+    shown = run("evaluate", "--run", path.parent).output
+    after = json.loads(path.read_text())
+    assert after["test"]["mae"]["value"] == pytest.approx(before["test"]["mae"]["value"], abs=1e-4)
+    assert "mae" in shown
+
+
+def test_evaluate_elsewhere_refuses_the_manifest_of_the_training(trained, cohort, tmp_path):
+    run_dir = trained / "tiny_cnn" / "seed0-fold0"
+    assert "EVAL-SEEN" in run("evaluate", "--run", run_dir, "--manifest", cohort, code=3).output
+    other = write_cohort(tmp_path / "other", persons=6, seed=9, spacing_mm=8.0)
+    run("evaluate", "--run", run_dir, "--manifest", other)
+    (metrics,) = run_dir.glob("evaluations/*/metrics.json")
+    assert json.loads(metrics.read_text())["test"]["mae"]["n"] == 6
+
+
+def test_predict_gives_a_row_for_every_scan(trained, cohort, tmp_path):
+    scans = pd.read_csv(cohort)
+    rows = scans.head(5).copy()
+    rows["image"] = [str(cohort.parent / image) for image in rows["image"]]
+    rows["mask"] = [str(cohort.parent / mask) for mask in rows["mask"]]
+    rows = rows.drop(columns="labels")
+    rows.loc[1, "age"] = np.nan
+    rows.loc[2, "age"] = 99.0
+    cut = tmp_path / "cut.nii.gz"
+    cut.write_bytes(Path(rows.loc[3, "image"]).read_bytes()[:-30])
+    rows.loc[3, "image"] = str(cut)
+    rows.loc[4, "image"] = str(tmp_path / "nowhere.nii.gz")
+    manifest = tmp_path / "manifest.csv"
+    rows.to_csv(manifest, index=False)
+    output = tmp_path / "ages.csv"
+    run("predict", "--run", trained / "tiny_emoe" / "seed0-fold0", "-i", manifest, "-o", output,
+        "--data-root", "/", code=8)  # fmt: skip
+    found = pd.read_csv(output)
+    assert len(found) == 5
+    assert found["status"].tolist() == ["ok", "ok", "check", "refused", "refused"]
+    assert found["predicted_age"].notna().tolist() == [True, True, True, False, False]
+    assert found["participant_id"].tolist()[:3] == scans["participant_id"].tolist()[:3]
+    assert "outside the training ages" in found.loc[2, "reason"]
+    assert "VOL-" in found.loc[3, "reason"]
+
+
+def test_predict_agrees_with_the_evaluation(trained, cohort, tmp_path):
+    run_dir = trained / "tiny_emoe" / "seed0-fold0"
+    output = tmp_path / "ages.csv"
+    run("predict", "--run", run_dir, "-i", cohort, "-o", output)
+    found = pd.read_csv(output)
+    test = pd.read_csv(run_dir / "predictions" / "test.csv")
+    got = found["predicted_age"].to_numpy()[test["row"].to_numpy() - 2]
+    np.testing.assert_allclose(got, test["predicted_age"], atol=2e-3)
+
+
+def test_compare_shows_paired_differences(trained):
+    shown = run("compare", trained / "tiny_cnn", trained / "tiny_emoe").output
+    assert "| tiny_emoe | 1 |" in shown
+    assert "difference" in shown
+    result = json.loads(run("compare", trained / "tiny_cnn", trained / "tiny_emoe", "--json").output)
+    assert result["tiny_emoe"]["difference"]["n"] == result["tiny_cnn"]["mae"]["n"]
+
+
+def test_runs_are_nested_in_mlflow_and_finished(trained):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{trained / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "brainage"]
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    children = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
+    assert len(parents) == 1
+    assert len(children) == 2
+    assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parents[0].info.run_id}
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    metrics = children[0].data.metrics
+    assert {"val/mae", "test/mae", "router/captured_variance", "expert/E00/load"} <= set(metrics)
+
+
+def test_the_template_manifest_without_data_ends_in_one_message():
+    result = run("train", "--manifest", REPOSITORY / "data_manifests" / "ukb.csv", code=3)
+    errors = [line for line in result.output.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert "manifest ukb --bulk DIR --table" in errors[0]
+    assert "--data-root" in errors[0]
+
+
+def test_the_uk_biobank_command_works_on_a_tree_laid_out_that_way(tmp_path, real_data):
+    """Real heads under UK Biobank's names: `manifest ukb`, then `train` as the README has it."""
+    table = pd.read_csv(real_data / "ixi" / "manifest.csv").head(12)
+    fields = []
+    for number, scan in enumerate(table.itertuples()):
+        eid = 1000001 + number
+        folder = tmp_path / "bulk" / f"{eid}_20252_2_0" / "T1"
+        folder.mkdir(parents=True)
+        (folder / "T1.nii.gz").write_bytes((real_data / "ixi" / scan.image).read_bytes())
+        labels = nib.load(real_data / "ixi" / scan.labels)
+        mask = nib.Nifti1Image((np.asarray(labels.dataobj) > 0).astype(np.uint8), labels.affine)
+        nib.save(mask, folder / "T1_brain_mask.nii.gz")
+        fields.append({"eid": eid, "21003-2.0": scan.age, "31-0.0": number % 2, "54-2.0": 11025})
+    pd.DataFrame(fields).to_csv(tmp_path / "fields.csv", index=False)
+    manifest = tmp_path / "ukb.csv"
+    run("manifest", "ukb", "--bulk", tmp_path / "bulk", "--table", tmp_path / "fields.csv", "-o", manifest)
+    config = write_config(tmp_path, "ukb_tiny", LAYER)
+    run("train", "--manifest", manifest, "--config", config, "--out", tmp_path / "runs",
+        "--data-root", tmp_path / "bulk", "--set", "data.align=affine", "--set", "training.batch_size=2")  # fmt: skip
+    metrics = json.loads((tmp_path / "runs" / "ukb_tiny" / "seed0-fold0" / "metrics.json").read_text())
+    assert metrics["test"]["mae"]["n"] == 4
+
+
+def test_rows_without_age_are_refused_by_row(real_data, tmp_path):
+    result = run("train", "--manifest", real_data / "ixi" / "participants.csv", "--out", tmp_path, code=3)
+    errors = [line for line in result.output.splitlines() if line.startswith("error")]
+    assert len(errors) == 4
+    assert all("row" in line and "age" in line for line in errors)
+    assert not (tmp_path / "emoe").exists()
+
+
+def test_bad_configuration_names_the_key(cohort, tmp_path):
+    config = write_config(tmp_path, "bad")
+    for assignment, told in (
+        ("training.batch_sise=4", "training.batch_sise"),
+        ("model.moe={after_block: 9}", "after_block"),
+        ("model.moe={after_block: 1, router: {kind: eigen, rnk: 3}}", "rnk"),
+        ("nonsense", "nonsense"),
+    ):
+        result = run("train", "--manifest", cohort, "--config", config, "--set", assignment, "--out", tmp_path, code=2)
+        assert told in result.output
+    assert "CFG-MISSING" in run("train", "--manifest", cohort, "--config", tmp_path / "no.yaml", code=2).output
+
+
+def test_sigterm_saves_and_a_resume_gives_the_uninterrupted_result(cohort, tmp_path):
+    config = write_config(tmp_path, "stopped", LAYER)
+    command = [sys.executable, "-m", "emoe_med.brainage", "train", "--manifest", str(cohort), "--config", str(config)]
+    command += ["--set", "training.epochs=12", "--cache", str(tmp_path / "cache")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(out, *more):
+        return subprocess.Popen(
+            [*command, "--out", str(out), *more], env=environment, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+        )
+
+    whole = start(tmp_path / "whole")
+    assert whole.wait(200) == 0, whole.stderr.read()
+    stopped = start(tmp_path / "parts")
+    journal = tmp_path / "parts" / "stopped" / "seed0-fold0" / "journal.jsonl"
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and (not journal.is_file() or journal.read_text().count("val/mae") < 2):
+        time.sleep(0.02)
+    stopped.terminate()
+    assert stopped.wait(60) == 143, stopped.stderr.read()
+    resumed = start(tmp_path / "parts", "--resume")
+    assert resumed.wait(200) == 0, resumed.stderr.read()
+    a, b = (
+        (tmp_path / name / "stopped" / "seed0-fold0" / "predictions" / "test.csv").read_text()
+        for name in ("whole", "parts")
+    )
+    assert a == b
+
+
+def test_doctor_tells_versions():
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert json.loads(result.output)["facts"]["versions"]["torch"]

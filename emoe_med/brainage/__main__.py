@@ -104,10 +104,9 @@ def _show_runs(run_dirs: list[Path], out: Path, as_json: bool) -> None:
         say(json.dumps({run: headline(values) for run, values in metrics.items()}, indent=1))
         return
     for run, values in metrics.items():
-        mae, skill = values["test"]["mae"], values["test"]["skill"]
+        test = values["test"]
         say(
-            f"{run}: MAE {mae['value']:.2f} y [{mae['low']:.2f}, {mae['high']:.2f}] on {mae['n']} test persons, "
-            f"skill {skill['value']:.2f} against the training median"
+            f"{run}: MAE in years {_estimate(test['mae'])}; guessing the training median {_estimate(test['mae_training_median'])}"
         )
     say(f"report: {run_dirs[-1] / 'report' / 'report.html'}")
     say(f"tracking: python -m emoe_med.brainage ui --out {out}")
@@ -139,7 +138,7 @@ def evaluate(
         say(json.dumps(metrics, indent=1))
         return
     for name, estimate in metrics["test"].items():
-        say(f"{name:22} {_estimate(estimate)}")
+        say(f"{name:20} {_estimate(estimate)}")
     say(f"written: {where}")
 
 
@@ -147,8 +146,8 @@ def _estimate(found: dict[str, Any]) -> str:
     if found["value"] is None:
         return f"undefined: {found['reason']}"
     if found["low"] is None:
-        return f"{found['value']:8.3f}  ({found['reason']})"
-    return f"{found['value']:8.3f}  [{found['low']:.3f}, {found['high']:.3f}]  n = {found['n']}"
+        return f"{found['value']:.2f} ({found['reason']})"
+    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}], n = {found['n']}"
 
 
 @app.command()
@@ -204,8 +203,9 @@ def check(
     Example: python -m emoe_med.brainage check --manifest ixi/manifest.csv --out check
     """
     from emoe_med.brainage.check import check_manifest
+    from emoe_med.training.progress import counted
 
-    check_manifest(manifest, data_root, out, jobs)
+    check_manifest(manifest, data_root, out, jobs, counted("reading scans"))
     say(f"all scans are usable; table and page: {out / 'check.csv'}, {out / 'check.html'}")
 
 
@@ -280,7 +280,7 @@ def demo(
     """
     from emoe_med.brainage.demo import run_demo
 
-    for line in run_demo(out, jobs):
+    for line in run_demo(out, CONFIGS, jobs):
         say(line)
 
 

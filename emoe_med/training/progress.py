@@ -39,10 +39,15 @@ class EpochProgress:
 
 
 def counted(text: str) -> Callable[[Collection], Iterator]:
-    """Return what wraps a collection of known length and shows how far it is, on stderr, on a terminal only."""
+    """Return what wraps a collection of known length and shows how far it is, on stderr.
+
+    A bar on a terminal; elsewhere one line at the start.
+    """
 
     def wrap(items: Collection) -> Iterator:
         console = Console(stderr=True)
+        if not console.is_terminal:
+            console.print(f"{text}: {len(items)}")
         yield from track(
             items, text, total=len(items), console=console, transient=True, disable=not console.is_terminal
         )

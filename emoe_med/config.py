@@ -230,7 +230,10 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise ConfigError(Fault("CFG-SET", f"--set {assignment}: {parent} is not a section"))
-        section[leaf] = _parse(text)
+        try:
+            section[leaf] = _parse(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(Fault("CFG-SET", f"--set {assignment}: the value is not YAML")) from error
     return values
 
 

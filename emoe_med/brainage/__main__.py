@@ -105,9 +105,8 @@ def _show_runs(run_dirs: list[Path], out: Path, as_json: bool) -> None:
         return
     for run, values in metrics.items():
         test = values["test"]
-        say(
-            f"{run}: MAE in years {_estimate(test['mae'])}; guessing the training median {_estimate(test['mae_training_median'])}"
-        )
+        guess = _estimate(test["mae_training_median"])
+        say(f"{run}: MAE {_estimate(test['mae'])}, in years; guessing the training median: {guess}")
     say(f"report: {run_dirs[-1] / 'report' / 'report.html'}")
     say(f"tracking: python -m emoe_med.brainage ui --out {out}")
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
-import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from emoe_med.errors import EXIT_PARTIAL, ConfigError, EmoeError, Fault
+from emoe_med.brainage.cli import say, verb
+from emoe_med.brainage.manifest_cli import manifest_app
+from emoe_med.errors import EXIT_PARTIAL, ConfigError, Fault
 
 app = typer.Typer(
     add_completion=False,
@@ -20,7 +18,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Brain age from T1 MRI with an eigenbasis-routed mixture of experts. Not for diagnosis.",
 )
-manifest_app = typer.Typer(no_args_is_help=True, help="Build a manifest from scans and a table of ages.")
 app.add_typer(manifest_app, name="manifest")
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs" / "brainage"
@@ -31,28 +28,6 @@ OutOption = Annotated[Path, typer.Option("--out", help="folder of all runs, thei
 JobsOption = Annotated[int, typer.Option("--jobs", min=0, help="processes that read scans; 0 is this one")]
 RunOption = Annotated[Path, typer.Option("--run", help="run folder")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print a machine-readable summary")]
-
-
-def verb(command: Callable[..., None]) -> Callable[..., None]:
-    """End a command with one line for each fault and the documented exit code."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-        logging.getLogger("emoe_med").setLevel(logging.INFO)
-        try:
-            command(*args, **kwargs)
-        except EmoeError as error:
-            for fault in error.faults:
-                typer.echo(str(fault), err=True)
-            raise typer.Exit(error.exit_code) from None
-
-    return run
-
-
-def say(text: str) -> None:
-    """Print a line of the result to stdout."""
-    typer.echo(text)
 
 
 @app.command()
@@ -206,65 +181,6 @@ def check(
 
     check_manifest(manifest, data_root, out, jobs, counted("reading scans"))
     say(f"all scans are usable; table and page: {out / 'check.csv'}, {out / 'check.html'}")
-
-
-@manifest_app.command("bids")
-@verb
-def manifest_bids(
-    folder: Annotated[Path, typer.Argument(help="BIDS data set or derivative")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
-    table: Annotated[Path | None, typer.Option("--table", help="ages; default participants.tsv")] = None,
-) -> None:
-    """From a BIDS tree and its participants.tsv.
-
-    Example: python -m emoe_med.brainage manifest bids /data/ds000001 -o manifest.csv
-    """
-    from emoe_med.brainage.build_manifest import from_bids
-
-    _write_manifest(from_bids(folder, table), output, folder)
-
-
-@manifest_app.command("glob")
-@verb
-def manifest_glob(
-    folder: Annotated[Path, typer.Argument(help="folder of scans")],
-    table: Annotated[Path, typer.Option("--table", help="CSV or TSV with participant_id and age")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
-    pattern: Annotated[str, typer.Option("--pattern", help="file pattern below the folder")] = "**/*.nii.gz",
-) -> None:
-    """From any folder of scans and a table of ages, joined by participant.
-
-    Example: python -m emoe_med.brainage manifest glob scans --table ages.csv --pattern '*_T1w.nii.gz' -o manifest.csv
-    """
-    from emoe_med.brainage.build_manifest import from_glob
-
-    _write_manifest(from_glob(folder, pattern, table), output, folder)
-
-
-@manifest_app.command("ukb")
-@verb
-def manifest_ukb(
-    bulk: Annotated[Path, typer.Option("--bulk", help="folder of <eid>_20252_<instance>_0 folders")],
-    table: Annotated[Path, typer.Option("--table", help="CSV with eid and fields 21003, 31, 54")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
-    warped: Annotated[bool, typer.Option("--warped", help="use the nonlinearly warped T1_brain_to_MNI")] = False,
-) -> None:
-    """From UK Biobank bulk folders and a table of fields; instances 2 and 3.
-
-    Example: python -m emoe_med.brainage manifest ukb --bulk bulk --table fields.csv -o data_manifests/mine.csv
-    """
-    from emoe_med.brainage.build_manifest import from_ukb
-
-    _write_manifest(from_ukb(bulk, table, warped), output, bulk)
-
-
-def _write_manifest(built: Any, output: Path, root: Path) -> None:
-    from emoe_med.brainage.build_manifest import write_manifest
-
-    write_manifest(built, output)
-    for note in built.skipped:
-        typer.echo(f"skipped: {note}", err=True)
-    say(f"{output}: {len(built.rows)} scans, {len(built.skipped)} skipped; use it with --data-root {root}")
 
 
 @app.command()

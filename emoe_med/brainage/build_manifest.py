@@ -100,7 +100,7 @@ class _Builder:
         if len(table) and not table["age"].str.contains(".", regex=False).any():
             told.append("all ages are whole years: rounding alone can cost a mean error of 0.5 years")
         sessions = table.assign(session=table["session_id"].map(session_key)).groupby("participant_id")
-        frozen = sum(group["session"].nunique() > 1 and group["age"].nunique() == 1 for _, group in sessions)
+        frozen = len(sessions[["session", "age"]].nunique().query("session > 1 and age == 1"))
         if frozen:
             told.append(f"{frozen} participants have several sessions, but one age: give the age at each session")
         return BuiltManifest(self.root, table[[*BASE_COLUMNS, *used]], tuple(self.skipped), tuple(told))

@@ -146,7 +146,7 @@ def look_through(
     with ThreadPoolExecutor(max(jobs, 1)) as pool:
         try:
             pending = [pool.submit(_look_at, scan, limits) for scan in listed.scans]
-            looks = [look.result() for look in progress(pending)]
+            looks = [look.result() for look in (progress(pending) if pending else ())]
         finally:
             pool.shutdown(cancel_futures=True)  # an interrupt does not wait for all the other scans
     duplicates = _same_voxels(looks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import shutil
 from pathlib import Path
@@ -24,7 +25,7 @@ def diagnose(out: Path) -> tuple[dict[str, object], list[str]]:
     ]
     if importlib.util.find_spec("torchvision") is not None:
         try:
-            import torchvision  # noqa: F401
+            importlib.import_module("torchvision")
         except (ImportError, RuntimeError) as error:
             missing.append(f"torchvision does not import beside this torch and breaks others: uninstall it ({error})")
     return facts, missing

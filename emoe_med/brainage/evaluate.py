@@ -187,8 +187,7 @@ def routing_report(model: TrainedModel, cohort: Cohort, indices: list[int], boot
         summary: dict[str, Any] = stats[name].summary()
         summary["branch_over_stream"] = float(np.mean(norms[name]))
         summary["alpha"] = float(layer.alpha.detach())
-        if hasattr(layer.router, "health"):
-            summary |= layer.router.health()
+        summary |= layer.router.health()
         with without_branch(layer):
             summary["mae_without_branch"] = paired_difference(errors(), intact, persons, bootstrap)
         if layer.router.num_experts > 1:

@@ -45,8 +45,9 @@ class TrainedModel:
         contract = checkpoint.state["meta"]
         net = BrainAgeNet(config.model, TrainingAges(**contract["training_ages"]))
         load_model_weights(net, checkpoint.model, checkpoint.folder)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(net.eval().to(device, memory_format=torch.channels_last_3d), config, contract)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        net = net.eval().to(device).to(memory_format=torch.channels_last_3d)  # ty: ignore[no-matching-overload]
+        return cls(net, config, contract)
 
     def chain(self) -> ChainOptions:
         """Return the chain that made the training volumes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from emoe_med.config import ModelConfig, MoEConfig
-from emoe_med.models.heads import HEADS, TrainingAges
+from emoe_med.models.heads import HEADS, L1Head, SoftLabelHead, TrainingAges
 from emoe_med.models.sfcn import SFCN, ModelOutput, SFCNOptions
 from emoe_med.moe import EXPERTS, ROUTERS, MoELayer
 
@@ -15,7 +15,7 @@ class BrainAgeNet(nn.Module):
 
     def __init__(self, config: ModelConfig, ages: TrainingAges) -> None:
         super().__init__()
-        self.head = HEADS[config.head](ages)
+        self.head: SoftLabelHead | L1Head = HEADS[config.head](ages)
         options = SFCNOptions(config.channels, config.pooled, config.neck, config.stem, config.dropout)
         moe = None if config.moe is None else build_layer(config.moe, config.channels[config.moe.after_block - 1])
         self.net = SFCN(self.head.outputs, options, moe, config.moe.after_block if config.moe else None)

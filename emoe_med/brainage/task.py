@@ -42,10 +42,10 @@ class BrainAgeTask:
         meta: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
-        self.ages = TrainingAges.of([heads.scans[i].age for i in train if heads.scans[i].age is not None])
+        self.ages = TrainingAges.of([age for i in train if (age := heads.scans[i].age) is not None])
         self.train_data = Subset(heads, train)
         self.val_data = Subset(heads, val)
-        self.digests = dict(digests)
+        self.digests: Mapping[str, str] = dict(digests)
         self.meta = {**(meta or {}), "training_ages": asdict(self.ages)}
         self.augment = AugmentOptions(**config.augment.model_dump())
 
@@ -63,10 +63,11 @@ class BrainAgeTask:
         return {**batch, "image": image}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss to minimise and its parts."""
-        network = getattr(model, "module", model)  # under several ranks the model is wrapped
+        """Return the loss to minimise, weighted as the manifest says, and its parts."""
+        network: Any = getattr(model, "module", model)  # under several ranks the model is wrapped
         out = model(batch["image"])
-        task = network.head.loss(out.output, batch["age"])
+        errors = network.head.loss(out.output, batch["age"])
+        task = (batch["weight"] * errors).sum() / batch["weight"].sum()
         return task + out.aux_loss, {"task": task.detach(), "aux": out.aux_loss.detach()}
 
     def validate(self, model: BrainAgeNet, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -90,6 +91,5 @@ class BrainAgeTask:
         metrics = {}
         for layer in model.routed_layers().values():
             metrics["router/alpha"] = float(layer.alpha.detach())
-            if hasattr(layer.router, "health"):
-                metrics |= {f"router/{key}": value for key, value in layer.router.health().items()}
+            metrics |= {f"router/{key}": value for key, value in layer.router.health().items()}
         return metrics

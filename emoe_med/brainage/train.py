@@ -75,9 +75,16 @@ def _check_folders(run_dirs: list[Path], resume: bool) -> None:
 
 @contextmanager
 def _tracker(run_dir: Path, out: Path, config: BrainAgeConfig, run_name: str, parent: Path | None = None):
-    options = {"out": out, "experiment": "brainage", "run_name": run_name, "parent": parent}
-    options |= {"uri": None if config.tracking.mlflow else "none", "allow_remote": config.tracking.allow_remote}
-    tracker = Tracker(run_dir, **options, words=_words(config))
+    tracker = Tracker(
+        run_dir,
+        out=out,
+        experiment="brainage",
+        run_name=run_name,
+        parent=parent,
+        uri=None if config.tracking.mlflow else "none",
+        allow_remote=config.tracking.allow_remote,
+        words=_words(config),
+    )
     deadline = time.monotonic() + PARENT_WAIT_S
     while True:
         try:

@@ -147,7 +147,7 @@ def _digest(entry: Mapping[str, Any]) -> str:
 
 def make_chain(options: ChainOptions) -> Compose:
     """Compose the deterministic chain for items {"image": path, "mask": path (optional)}."""
-    load = LoadImaged(keys=["image", "mask"], reader=StrictReader(), ensure_channel_first=True, allow_missing_keys=True)
+    load = LoadImaged(keys=["image", "mask"], reader=StrictReader, ensure_channel_first=True, allow_missing_keys=True)
     return Compose([load, BrainToBoxd(options), ToCacheEntry()])
 
 
@@ -189,8 +189,8 @@ class HeadDataset(PersistentDataset):
     """Volumes of scans in the model's space, through the cache, with age and row joined afterwards.
 
     `dataset[i]` gives image [1, X, Y, Z] float16, similarity [] float32, age [] float32 in years (NaN where
-    unknown) and row [] int64. The cache is keyed by the content of image and mask and by the chain; an entry
-    whose digest is wrong is removed and made anew.
+    unknown), weight [] float32 and row [] int64. The cache is keyed by the content of image and mask and by the
+    chain; an entry whose digest is wrong is removed and made anew.
 
     Raises:
         VolumeError: From `dataset[i]`, with the manifest row, where the scan cannot be used.
@@ -201,6 +201,7 @@ class HeadDataset(PersistentDataset):
         folder.mkdir(parents=True, exist_ok=True)
         self.scans = scans
         self.options = options
+        self.folder = folder
         self.digests = FileDigests(cache_dir / "file-digests.txt")
         items = [self._item(scan) for scan in scans]
         super().__init__(items, make_chain(options), folder, hash_func=self._key, weights_only=True)
@@ -215,7 +216,7 @@ class HeadDataset(PersistentDataset):
         digests = [self.digests.of(Path(path)) for path in item.values()]
         return hashlib.sha256("".join(digests).encode()).hexdigest().encode()
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Tensor]:  # ty: ignore[incompatible-method-override]
         """Return one scan in the model's space."""
         scan = self.scans[index]
         try:
@@ -226,6 +227,7 @@ class HeadDataset(PersistentDataset):
             "image": entry["image"],
             "similarity": entry["similarity"].float(),
             "age": torch.tensor(float("nan") if scan.age is None else scan.age, dtype=torch.float32),
+            "weight": torch.tensor(scan.weight, dtype=torch.float32),
             "row": torch.tensor(scan.row),
         }
 
@@ -235,7 +237,7 @@ class HeadDataset(PersistentDataset):
 
     def _checked(self, item: dict[str, str]) -> dict[str, Any]:
         """Return the cache entry of an item, made anew where it is missing, unreadable or damaged."""
-        file = Path(self.cache_dir) / f"{self._key(item).decode()}.pt"
+        file = self.folder / f"{self._key(item).decode()}.pt"
         if file.is_file():
             try:
                 entry = torch.load(file, weights_only=True)
@@ -265,7 +267,8 @@ class HeadDataset(PersistentDataset):
             progress: wraps the finished scans, e.g. for a progress bar.
         """
         attempts = DataLoader(_Attempts(self), batch_size=None, num_workers=jobs)
-        faults = {index: fault for index, fault in progress(attempts) if fault is not None}
+        tried = zip(progress(range(len(self))), attempts, strict=True)
+        faults = {index: fault for _, (index, fault) in tried if fault is not None}
         self.digests.recall()
         return faults
 

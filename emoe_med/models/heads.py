@@ -39,9 +39,11 @@ class SoftLabelHead(nn.Module):
     """Age as a distribution over bins; the prediction is its mean.
 
     Target: mass of Normal(age, sigma) in each bin, renormalised; SFCN's fixed bins 42-82 keep half of the
-    mass at 82 and none at 90, so bins span the training ages plus 3 sigma. Loss: KL(target || output), mean
-    over the batch. Source: Peng et al. 2021; renormalisation and span are ours.
+    mass at 82 and none at 90, so bins span the training ages plus 3 sigma. Loss: KL(target || output).
+    Source: Peng et al. 2021; renormalisation and span are ours.
     """
+
+    edges: Tensor
 
     def __init__(self, ages: TrainingAges, bin_years: float = 1.0, sigma_years: float = 1.0) -> None:
         super().__init__()
@@ -60,8 +62,8 @@ class SoftLabelHead(nn.Module):
         return (mass / mass.sum(1, keepdim=True)).to(torch.float32)
 
     def loss(self, output: Tensor, age: Tensor) -> Tensor:
-        """Return the KL divergence of outputs [B, bins] from the soft labels of ages [B]."""
-        return F.kl_div(output.float().log_softmax(1), self.target(age), reduction="batchmean")
+        """Return the KL divergence [B] of outputs [B, bins] from the soft labels of ages [B]."""
+        return F.kl_div(output.float().log_softmax(1), self.target(age), reduction="none").sum(1)
 
     def predict(self, output: Tensor) -> Tensor:
         """Return predicted ages [B] in years."""
@@ -73,6 +75,8 @@ class L1Head(nn.Module):
     """Age as one number, standardised by the training ages; loss is the absolute error in those units."""
 
     outputs = 1
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, ages: TrainingAges) -> None:
         super().__init__()
@@ -80,8 +84,8 @@ class L1Head(nn.Module):
         self.register_buffer("std", torch.tensor(max(ages.std, 1e-3)))
 
     def loss(self, output: Tensor, age: Tensor) -> Tensor:
-        """Return the mean absolute error of outputs [B, 1] in standard deviations of the training ages."""
-        return F.l1_loss(output.float().squeeze(1), (age.float() - self.mean) / self.std)
+        """Return the absolute error [B] of outputs [B, 1] in standard deviations of the training ages."""
+        return (output.float().squeeze(1) - (age.float() - self.mean) / self.std).abs()
 
     def predict(self, output: Tensor) -> Tensor:
         """Return predicted ages [B] in years."""

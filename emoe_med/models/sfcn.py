@@ -5,6 +5,7 @@ Source: Peng et al. 2021, Medical Image Analysis 68, 101871; 2,952,936 parameter
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -97,8 +98,8 @@ class SFCN(nn.Module):
         x = self.neck(x).mean(dim=(2, 3, 4), keepdim=True)
         return ModelOutput(self.head(self.dropout(x)).flatten(1), aux_loss, routing, token_mask)
 
-    def _token_mask(self, image: Tensor, shape: tuple[int, ...]) -> Tensor:
-        share = F.adaptive_avg_pool3d((image != 0).to(image.dtype), shape)
+    def _token_mask(self, image: Tensor, shape: Sequence[int]) -> Tensor:
+        share = F.adaptive_avg_pool3d((image != 0).to(image.dtype), tuple(shape))  # ty: ignore[invalid-argument-type]
         return share.flatten(1) >= self.MIN_BRAIN_SHARE
 
     @staticmethod

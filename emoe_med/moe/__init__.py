@@ -5,6 +5,11 @@
 `ROUTERS` and `EXPERTS` are all there is to choose from: name -> (class, its options).
 """
 
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
 from emoe_med.moe.balance import BiasBalance
 from emoe_med.moe.basis import TrackedBasis, orthonormality_error, random_orthonormal, retract
 from emoe_med.moe.experts.mlp import MLPExperts, MLPOptions
@@ -14,11 +19,11 @@ from emoe_med.moe.routers.eigen import EigenOptions, EigenRouter
 from emoe_med.moe.routers.fixed import RandomOptions, RandomRouter
 from emoe_med.moe.stats import RoutingStats, load_statistics
 
-ROUTERS = {
+ROUTERS: dict[str, tuple[Callable[..., Router], Any]] = {
     "eigen": (EigenRouter, EigenOptions),
     "random": (RandomRouter, RandomOptions),
 }
-EXPERTS = {
+EXPERTS: dict[str, tuple[Callable[..., nn.Module], Any]] = {
     "mlp": (MLPExperts, MLPOptions),
 }
 

@@ -19,6 +19,13 @@ class BiasBalance(nn.Module):
     Source: Wang et al. 2024, arXiv 2408.15664; the scaling is ours.
     """
 
+    bias: Tensor
+    margin: Tensor
+    step: Tensor
+    _load: Tensor
+    _margin_sum: Tensor
+    _count: Tensor
+
     def __init__(self, num_experts: int, rate: float = 0.05, decay: float = 0.99) -> None:
         super().__init__()
         self.rate = rate

@@ -50,6 +50,14 @@ class TrackedBasis(nn.Module):
     # D x D statistics of more tokens cost time and no longer change the subspace
     MAX_TOKENS = 4096
 
+    basis: Tensor
+    covariance: Tensor
+    mean: Tensor
+    step: Tensor
+    _count: Tensor
+    _sum: Tensor
+    _outer: Tensor
+
     def __init__(self, width: int, rank: int, centre: bool = True, decay: float = 0.99) -> None:
         super().__init__()
         self.centre = centre

@@ -14,6 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+# oneDNN compiles a bfloat16 product anew for every segment length, and lengths change with every batch; below this
+# many weights an expert is done sooner in float32
+NARROW_ON_CPU = 2**16
+
+
 def grouped_mlp(tokens: Tensor, expert_index: Tensor, gate: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """Return sum_k gate[n, k] * GELU(tokens[n] @ w1[e]) @ w2[e] with e = expert_index[n, k].
 
@@ -25,10 +30,13 @@ def grouped_mlp(tokens: Tensor, expert_index: Tensor, gate: Tensor, w1: Tensor, 
         w2: [E, b, D].
 
     Returns:
-        [N, D] in the compute dtype: that of autocast where it is on, else that of the tokens.
+        [N, D] in the compute dtype: that of autocast where it is on, else that of the tokens; on a CPU narrow
+        experts stay in float32.
     """
     device = tokens.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+    if device == "cpu" and w1[0].numel() < NARROW_ON_CPU:
+        dtype = torch.promote_types(dtype, torch.float32)
     return _GroupedMLP.apply(tokens, expert_index, gate, w1, w2, dtype)
 
 

@@ -16,9 +16,11 @@ class MoELayer(nn.Module):
     depend on the scale of the stream). `normalise=False` serves callers that hand in normalised tokens.
     """
 
+    _load: Tensor
+
     def __init__(self, router: Router, experts: nn.Module, normalise: bool = True) -> None:
         super().__init__()
-        self.router = router
+        self.router: Router = router
         self.experts = experts
         self.normalise = normalise
         self.alpha = nn.Parameter(torch.ones(()))

@@ -53,6 +53,10 @@ class Router(nn.Module):
     def after_step(self) -> None:
         """Move the router's state once, after an optimiser step."""
 
+    def health(self) -> dict[str, float]:
+        """Return figures that tell whether the router is what its name says; none by default."""
+        return {}
+
 
 def select(probs: Tensor, top_k: int, bias: Tensor | None = None) -> Tensor:
     """Choose the top_k experts of every token by probability plus a selection-only bias.

@@ -16,7 +16,6 @@ from emoe_med.training.checkpoint import (
     CheckpointFolder,
     Which,
     check_tensors,
-    load_model_weights,
 )
 from emoe_med.training.run_folder import write_environment
 from emoe_med.training.trainer import Position, Trainer
@@ -91,6 +90,7 @@ class Keeper:
             Interrupted: Always.
         """
         self._save()
+        self.machine.wait()  # for the rank that writes
         signal = "SIGTERM" if code == EXIT_SIGTERM else "SIGINT"
         reason = f"stopped by {signal} after step {self.trainer.position.step}; the state was saved"
         raise Interrupted(code, Fault("RUN-STOPPED", reason, file=str(self.run_dir), hint="resume to go on"))
@@ -138,16 +138,16 @@ class Keeper:
         """Put a checkpoint back; everything is compared before anything is changed."""
         trainer, state, folder = self.trainer, checkpoint.state, checkpoint.folder
         _check_digests(state["digests"], self._digests(), folder)
-        mark = f"/{ONLINE}"
-        online = {n.removesuffix(mark): t for n, t in checkpoint.optim.items() if n.endswith(mark)}
-        slots = {n: t for n, t in checkpoint.optim.items() if not n.endswith(mark)}
         shapes = {name: value.shape for name, value in trainer.model.state_dict().items()}
-        check_tensors(checkpoint.model, shapes, folder)
-        check_tensors(online, {} if trainer.average is None else shapes, folder)
-        check_tensors(slots, optim.expected_shapes(trainer.model, slots), folder)
-        load_model_weights(trainer.served, checkpoint.model, folder)
+        slots = {name: value for name, value in checkpoint.optim.items() if not name.endswith(f"/{ONLINE}")}
+        expected = optim.expected_shapes(trainer.model, slots)
         if trainer.average is not None:
-            load_model_weights(trainer.model, online, folder)
+            expected |= {f"{name}/{ONLINE}": shape for name, shape in shapes.items()}
+        check_tensors(checkpoint.model, shapes, folder)
+        check_tensors(checkpoint.optim, expected, folder)
+        trainer.served.load_state_dict(checkpoint.model)
+        if trainer.average is not None:
+            trainer.model.load_state_dict({name: checkpoint.optim[f"{name}/{ONLINE}"] for name in shapes})
             trainer.average.n_averaged.fill_(state["averaged"])
         optim.load_optimizer_tensors(trainer.optimizer, trainer.model, slots)
         trainer.position = Position(**state["position"])

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -83,7 +83,8 @@ def _locked(path: Path) -> Generator[None]:
         json.dump({"pid": os.getpid(), "host": socket.gethostname(), "start": start}, file)
         file.flush()
         yield
-        path.unlink(missing_ok=True)  # while the lock is held
+        with suppress(OSError):  # the folder may be gone
+            path.unlink()  # while the lock is held
     finally:
         _HELD.discard(path.resolve())
         file.close()

@@ -178,13 +178,21 @@ def test_the_findings_are_written_before_the_refusal(cohort):
     assert "MAN-AGE" in (out / "check.csv").read_text()
 
 
-def test_an_interrupt_does_not_wait_for_the_rest(cohort):
+def test_an_interrupt_does_not_wait_for_the_rest(tmp_path):
+    lines = ["image,age"]
+    for i in range(40):
+        write_volume(tmp_path / f"{i}.nii.gz", head(i, (40, 40, 40)), AFFINE)
+        lines.append(f"{i}.nii.gz,{20 + i}.5")
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    pending = []
+
     def interrupted(scans):
+        pending.extend(scans)
         raise KeyboardInterrupt
-        yield from scans
 
     with pytest.raises(KeyboardInterrupt):
-        look_through(cohort, progress=interrupted)
+        look_through(tmp_path / "m.csv", progress=interrupted)
+    assert sum(scan.cancelled() for scan in pending) > 20
 
 
 def test_a_page_that_cannot_be_written(cohort):

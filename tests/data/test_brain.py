@@ -42,7 +42,7 @@ def test_a_head_lands_in_the_box_with_left_on_the_left(tmp_path):
     item = heads[0]
     assert item["image"].shape == (1, *box_grid(8.0)[0])
     assert item["image"].dtype == torch.float16
-    assert (item["row"].item(), item["age"].item()) == (2, 50.0)
+    assert (item["row"].item(), item["age"].item(), item["weight"].item()) == (2, 50.0, 1.0)
     assert item["similarity"].isnan()
     image = item["image"][0].float()
     bright = (image > 1).nonzero().float().mean(0)

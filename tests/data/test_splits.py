@@ -74,6 +74,17 @@ def test_ten_new_persons_move_no_old_one(number):
     assert set(after["split"].iloc[len(old) :]) <= {"train", "val", "test"}
 
 
+def test_new_relatives_move_nobody():
+    """They join the old person's fold, though they are younger, live elsewhere and come first by name."""
+    rng = np.random.default_rng(4)
+    old = [scan(i, f"p{i}", rng.uniform(20, 90), site=f"s{i % 3}", family_id=f"f{i}") for i in range(90)]
+    young = [scan(100 + i, f"a{i}", 5.0, site="new", family_id=f"f{i}") for i in range(10)]
+    before = assign_splits(old, **OPTIONS)
+    after = assign_splits([*old, *young], **OPTIONS, previous=folds_of_participants(old, before))
+    pd.testing.assert_frame_equal(after.iloc[:90], before)
+    assert list(after["split"].iloc[90:]) == list(before["split"].iloc[:10])
+
+
 def test_new_sessions_move_nobody():
     rng = np.random.default_rng(3)
     old = cohort(rng, 80, 3)

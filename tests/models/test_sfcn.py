@@ -72,7 +72,7 @@ def test_soft_labels_agree_with_scipy_and_centre_on_the_age():
     want = stats.norm.cdf(edges[1:], 47.3, 1) - stats.norm.cdf(edges[:-1], 47.3, 1)
     torch.testing.assert_close(target[1].double(), torch.from_numpy(want / want.sum()), atol=1e-5, rtol=0)
     perfect = target.clamp_min(1e-12).log()
-    assert soft.loss(perfect, ages) < 1e-4
+    assert soft.loss(perfect, ages).max() < 1e-4
     torch.testing.assert_close(soft.predict(perfect), ages, atol=0.03, rtol=0)
 
 
@@ -80,4 +80,4 @@ def test_l1_head_is_in_training_standard_deviations():
     l1 = L1Head(TrainingAges.of([40.0, 50.0, 60.0]))
     output = torch.tensor([[0.0], [1.0]])
     assert l1.predict(output).tolist() == [50.0, 60.0]
-    assert l1.loss(output, torch.tensor([55.0, 60.0])).item() == pytest.approx(0.25)
+    assert l1.loss(output, torch.tensor([55.0, 60.0])).tolist() == pytest.approx([0.5, 0.0])

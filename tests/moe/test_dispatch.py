@@ -58,8 +58,11 @@ def test_a_sum_backward_with_an_expanded_gradient_works():
     assert torch.isfinite(x.grad).all()
 
 
-def test_autocast_computes_in_bfloat16_and_returns_float32_gradients():
+def test_autocast_computes_in_bfloat16_and_returns_float32_gradients(monkeypatch):
     index, (x, gate, w1, w2) = problem(64, 16, 8, 4, 1, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert grouped_mlp(x, index, gate, w1, w2).dtype == torch.float32  # narrow, on a CPU
+    monkeypatch.setattr("emoe_med.moe.dispatch.NARROW_ON_CPU", 0)
     want = reference_mlp(x, index, gate, w1, w2)
     with torch.autocast("cpu", torch.bfloat16):
         got = grouped_mlp(x, index, gate, w1, w2)

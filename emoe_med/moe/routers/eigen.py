@@ -56,6 +56,8 @@ class EigenRouter(Router):
 
     EPS = 1e-6
 
+    fixed: Tensor
+
     def __init__(self, width: int, num_experts: int, top_k: int, options: EigenOptions) -> None:
         super().__init__(num_experts, top_k)
         self.options = options

@@ -22,6 +22,8 @@ class RandomRouter(Router):
     equal in expectation. With one expert it makes the layer a dense adapter.
     """
 
+    factors: Tensor
+
     def __init__(self, width: int, num_experts: int, top_k: int, options: RandomOptions) -> None:
         super().__init__(num_experts, top_k)
         generator = torch.Generator().manual_seed(0)

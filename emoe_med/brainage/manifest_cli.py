@@ -1,0 +1,71 @@
+"""The verbs `manifest bids|glob|ukb`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from emoe_med.brainage.cli import say, verb
+
+manifest_app = typer.Typer(no_args_is_help=True, help="Build a manifest from scans and a table of ages.")
+
+
+@manifest_app.command("bids")
+@verb
+def manifest_bids(
+    folder: Annotated[Path, typer.Argument(help="BIDS data set or derivative")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
+    table: Annotated[Path | None, typer.Option("--table", help="ages; default participants.tsv")] = None,
+) -> None:
+    """From a BIDS tree and its participants.tsv.
+
+    Example: python -m emoe_med.brainage manifest bids /data/ds000001 -o manifest.csv
+    """
+    from emoe_med.brainage.build_manifest import from_bids
+
+    _write_manifest(from_bids(folder, table), output, folder)
+
+
+@manifest_app.command("glob")
+@verb
+def manifest_glob(
+    folder: Annotated[Path, typer.Argument(help="folder of scans")],
+    table: Annotated[Path, typer.Option("--table", help="CSV or TSV with participant_id and age")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
+    pattern: Annotated[str, typer.Option("--pattern", help="file pattern below the folder")] = "**/*.nii.gz",
+) -> None:
+    """From any folder of scans and a table of ages, joined by participant.
+
+    Example: python -m emoe_med.brainage manifest glob scans --table ages.csv --pattern '*_T1w.nii.gz' -o manifest.csv
+    """
+    from emoe_med.brainage.build_manifest import from_glob
+
+    _write_manifest(from_glob(folder, pattern, table), output, folder)
+
+
+@manifest_app.command("ukb")
+@verb
+def manifest_ukb(
+    bulk: Annotated[Path, typer.Option("--bulk", help="folder of <eid>_20252_<instance>_0 folders")],
+    table: Annotated[Path, typer.Option("--table", help="CSV with eid and fields 21003, 31, 54")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
+    warped: Annotated[bool, typer.Option("--warped", help="use the nonlinearly warped T1_brain_to_MNI")] = False,
+) -> None:
+    """From UK Biobank bulk folders and a table of fields; instances 2 and 3.
+
+    Example: python -m emoe_med.brainage manifest ukb --bulk bulk --table fields.csv -o data_manifests/mine.csv
+    """
+    from emoe_med.brainage.build_manifest import from_ukb
+
+    _write_manifest(from_ukb(bulk, table, warped), output, bulk)
+
+
+def _write_manifest(built: Any, output: Path, root: Path) -> None:
+    from emoe_med.brainage.build_manifest import write_manifest
+
+    write_manifest(built, output)
+    for note in built.skipped:
+        typer.echo(f"skipped: {note}", err=True)
+    say(f"{output}: {len(built.rows)} scans, {len(built.skipped)} skipped; use it with --data-root {root}")

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
 # oneDNN compiles a bfloat16 product anew for every segment length, and lengths change with every batch; below this
 # many weights an expert is done sooner in float32
 NARROW_ON_CPU = 2**16

@@ -62,13 +62,16 @@ def _score(tables: dict[str, pd.DataFrame], model: TrainedModel) -> dict[str, An
     bias = fitted_bias(tables["val"])
     for name, table in tables.items():
         tables[name] = with_correction(table, bias)
-    return evaluate(
+    metrics = evaluate(
         tables["test"],
         model.contract["training_ages"]["median"],
         val=tables["val"],
         bias=bias,
         bootstrap=Bootstrap(model.config.evaluation.bootstrap),
     )
+    chain = model.contract["chain"]
+    data = {"used": f"the {chain['mask']} alone" if chain["mask"] == "brain" else "the whole head, unaligned"}
+    return metrics | {"synthetic": model.contract["synthetic"], "data": data | {"space": chain["space"]}}
 
 
 def score_again(run_dir: Path) -> dict[str, Any]:

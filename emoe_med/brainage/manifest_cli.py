@@ -66,6 +66,8 @@ def _write_manifest(built: Any, output: Path, root: Path) -> None:
     from emoe_med.brainage.build_manifest import write_manifest
 
     write_manifest(built, output)
-    for note in built.skipped:
-        typer.echo(f"skipped: {note}", err=True)
+    for skipped in built.skipped:
+        typer.echo(f"skipped: {skipped}", err=True)
+    for note in built.notes:
+        typer.echo(f"note: {note}", err=True)
     say(f"{output}: {len(built.rows)} scans, {len(built.skipped)} skipped; use it with --data-root {root}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,8 @@ from emoe_med.data.scan import identity_from_path
 from emoe_med.errors import DataError, Fault
 from emoe_med.training.progress import counted
 from emoe_med.training.run_folder import replace_file
+
+LOG = logging.getLogger("emoe_med")
 
 COLUMNS = [
     *("participant_id", "session_id", "image", "status", "reason", "predicted_age", "age", "brain_pad"),
@@ -34,7 +37,10 @@ def predict(run_dir: Path, source: Path, output: Path, cache_dir: Path, data_roo
     """
     model = TrainedModel.load(run_dir)
     scans, refused = _scans(source, data_root)
-    heads = HeadDataset(scans, model.chain(), cache_dir)
+    chain = model.chain()
+    if chain.mask == "head":
+        LOG.warning("note: this model was trained on whole heads, centred but not aligned; masks are not used")
+    heads = HeadDataset(scans, chain, cache_dir)
     found = predict_scans(model, heads, range(len(scans)), progress=counted("predicting"))
     found["brain_pad"] = found["predicted_age"] - found["age"]
     found["participant_id"] = [scan.participant_id for scan in scans]

@@ -17,6 +17,7 @@ from emoe_med.brainage.report import write_report
 from emoe_med.brainage.task import BrainAgeTask
 from emoe_med.config import BrainAgeConfig, dump_run
 from emoe_med.data.manifest import Manifest
+from emoe_med.data.splits import split_warnings
 from emoe_med.errors import ConfigError, Fault
 from emoe_med.training.loop import fit
 from emoe_med.training.progress import counted
@@ -55,7 +56,10 @@ def train(
     group = out / config.name
     run_dirs = [group / f"seed{config.training.seed}-fold{fold}" for fold in folds]
     _check_folders(run_dirs, resume)
-    cohort = prepare_cohort(manifest, chain_options(config, manifest), cache_dir, jobs, counted("reading scans"))
+    chain = chain_options(config, manifest)
+    if chain.mask == "head":
+        LOG.warning("note: no mask or labels in the manifest: the whole head is used, centred but not aligned")
+    cohort = prepare_cohort(manifest, chain, cache_dir, jobs, counted("reading scans"))
     with _tracker(group, out, config, "group"):
         pass  # the parent exists from now on; its children name it
     for fold, run_dir in zip(folds, run_dirs, strict=True):
@@ -113,6 +117,8 @@ def _train_fold(
     synthetic: bool,
 ) -> None:
     splits = cohort.split(config, fold)
+    for warning in split_warnings(cohort.manifest.scans, splits):
+        LOG.warning("note: %s", warning)
     chain = cohort.heads.options.contract()
     digests = {
         "config": hashlib.sha256(dump_run(config).encode()).hexdigest(),

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from emoe_med.data.paths import DataRoot, Located, locate
+from emoe_med.data.paths import DataRoot, Located, locate, printable
 from emoe_med.data.table import Refusals
 from emoe_med.errors import DataError
 
@@ -149,7 +149,7 @@ class RowReader:
         return scan if image else None
 
     def _refuse(self, code: str, reason: str, hint: str | None = None, file: str | None = None) -> None:
-        self.refusals.add(code, reason, self.line, hint, file)
+        self.refusals.add(code, reason, self.line, hint, file or printable(self.cells.get("image", "")) or None)
 
     def _is_first(self, key: Hashable, code: str, what: str, hint: str | None = None) -> bool:
         first = self.seen.setdefault(key, self.line)

@@ -11,12 +11,14 @@ from emoe_med.moe.router import sum_over_ranks
 class BiasBalance(nn.Module):
     """Nudge the selection towards experts that got fewer tokens than the mean.
 
-    After each step bias += u * sign(mean load - load), with u = rate * (averaged top1-top2 margin of p). The
-    published constant u = 1e-3 is made for sigmoid scores; eigen-energies differ by 1e-3 to 1e-2 between
-    experts, so that the step has to follow their margin. Gates never see the bias.
+    After each step bias += u * clip(1 - load / mean load, -1, 1), with u = rate * (averaged top1-top2 margin
+    of p). Gates never see the bias. Two things differ from the published rule: its constant u = 1e-3 is made for
+    sigmoid scores, while eigen-energies differ by 1e-3 to 1e-2 between experts, so that the step has to follow
+    their margin; and its sign of the error never settles, so that the load swings for ever, while the error
+    itself fades as the load evens out.
 
     Buffers: `bias` [E], `margin` [].
-    Source: Wang et al. 2024, arXiv 2408.15664; the scaling is ours.
+    Source: Wang et al. 2024, arXiv 2408.15664.
     """
 
     bias: Tensor
@@ -53,7 +55,8 @@ class BiasBalance(nn.Module):
             self.step += 1
             weight = max(1 - self.decay, 1 / int(self.step))
             self.margin.lerp_(self._margin_sum / self._count, weight)
-            self.bias += self.rate * self.margin * torch.sign(self._load.mean() - self._load)
+            error = 1 - self._load / self._load.mean()
+            self.bias += self.rate * self.margin * error.clamp(-1, 1)
             self.bias -= self.bias.mean()
         for accumulator in (self._load, self._margin_sum, self._count):
             accumulator.zero_()

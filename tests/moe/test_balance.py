@@ -10,8 +10,8 @@ def test_a_step_by_hand():
     probs = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.2, 0.8]])
     balance.observe(probs, select(probs, 1))
     balance.after_step()
-    # margins 0.4, 0.2, 0.6, mean 0.4; loads 2 and 1, so the first loses and the second wins 0.5 * 0.4
-    torch.testing.assert_close(balance.bias, torch.tensor([-0.2, 0.2]))
+    # margins 0.4, 0.2, 0.6, mean 0.4; loads 2 and 1, a third above and below their mean: 0.5 * 0.4 / 3
+    torch.testing.assert_close(balance.bias, torch.tensor([-0.2, 0.2]) / 3)
     assert not balance.bias.requires_grad
 
 
@@ -25,7 +25,7 @@ def test_a_skewed_stream_is_balanced_within_600_steps_and_gates_never_see_the_bi
         balance.after_step()
     probs = ((0.01 * torch.randn(4096, 8)) + offset).softmax(-1)
     index = select(probs, 1, balance.bias)
-    assert load_statistics(torch.bincount(index.flatten(), minlength=8))["cv"] < 0.3
+    assert load_statistics(torch.bincount(index.flatten(), minlength=8))["cv"] < 0.1
     assert load_statistics(torch.bincount(select(probs, 1).flatten(), minlength=8))["cv"] > 0.5
     assert torch.equal(gate_values(probs, index, "prob"), probs.gather(-1, index))
 

@@ -187,7 +187,7 @@ def check(
 @verb
 def demo(
     out: Annotated[Path, typer.Option("--out", help="folder for cohort and runs")] = Path("demo"),
-    jobs: JobsOption = 0,
+    jobs: JobsOption = 2,
 ) -> None:
     """Make a synthetic cohort, train EMoE and the plain CNN on it, and compare with what is expected.
 

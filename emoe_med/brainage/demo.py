@@ -17,7 +17,7 @@ from emoe_med.training.progress import counted
 
 PERSONS, SEED = 72, 7
 ARMS = ("cnn3d_4mm", "emoe_4mm")
-SHORTER = ["training.epochs=40", "training.threads=2"]
+SHORTER = ["training.epochs=40"]
 # range over five training seeds of the same cohort, widened by a quarter at each end
 EXPECTED_MAE = {"cnn3d_4mm": (2.0, 8.0), "emoe_4mm": (2.0, 8.0)}
 EXPECTED_MEDIAN_MAE = 16.0

@@ -146,7 +146,7 @@ def _train_fold(
         report = write_report(run_dir)
         tracker.log_artifact(report, "report")
         tracker.log_artifact(run_dir / "metrics.json", "metrics")
-        LOG.info("%s: %s", run_dir, headline(metrics))
+        LOG.info("fold %d: test MAE %.2f years", fold, metrics["test"]["mae"]["value"])
 
 
 def _similarity(cohort: Cohort, indices: list[int]) -> dict[str, float | None]:

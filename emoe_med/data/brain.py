@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +85,10 @@ class BrainToBoxd(MapTransform):
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Return image [1, X, Y, Z] float32 on the grid of the cache, exactly 0 outside the mask."""
+        with one_thread():
+            return self._to_box(data)
+
+    def _to_box(self, data: Mapping[str, Any]) -> dict[str, Any]:
         image = data["image"]
         voxels, affine = np.asarray(image[0]), np.asarray(image.affine)
         mask = self._mask(voxels, affine, data.get("mask"))
@@ -121,6 +126,20 @@ class BrainToBoxd(MapTransform):
         matrix = np.eye(4)
         matrix[:3, 3] = np.argwhere(mask).mean(0) @ affine[:3, :3].T + affine[:3, 3] - box_centre_mm()
         return matrix, float("nan")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Work with one thread of torch: the same bits on every machine, and no waiting for each other.
+
+    The products of one head are small; scans are read side by side by processes instead.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def box_centre_mm() -> np.ndarray:

@@ -90,7 +90,7 @@ class Keeper:
             Interrupted: Always.
         """
         self._save()
-        # NOBARRIER
+        self.machine.wait()  # for the rank that writes
         signal = "SIGTERM" if code == EXIT_SIGTERM else "SIGINT"
         reason = f"stopped by {signal} after step {self.trainer.position.step}; the state was saved"
         raise Interrupted(code, Fault("RUN-STOPPED", reason, file=str(self.run_dir), hint="resume to go on"))

@@ -1,7 +1,9 @@
 import json
 import math
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +24,7 @@ from emoe_med.errors import (
 )
 from emoe_med.training.checkpoint import CheckpointFolder
 from emoe_med.training.journal import read_journal
+from emoe_med.training.loader import derived_seed
 from emoe_med.training.loop import fit
 from emoe_med.training.tracking import Tracker
 
@@ -204,9 +207,6 @@ def test_training_equals_a_loop_written_by_hand(tmp_path):
         for group in optimizer.param_groups:
             group["lr"] = 0.005 * (1 + math.cos(math.pi * step / 8))
         samples = [task.train_data[row - 2] for row in rows]
-        # the noise of `prepare`, whose keys are known by the row alone in this epoch
-        from emoe_med.training.loader import derived_seed
-
         keys = [derived_seed(OPTIONS.seed, step // 4, row) for row in rows]
         noise = [torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(key)) for key in keys]
         image = torch.stack([sample["image"] for sample in samples]) + 0.05 * torch.stack(noise)
@@ -296,7 +296,7 @@ def test_not_finite_means_no_update_and_rows_named(tmp_path, kind, value):
     assert all(torch.equal(task.before[name], task.model.state_dict()[name]) for name in weights)
     events = [event for _, event in read_journal(tmp_path / "journal.jsonl") if event["kind"] == "nonfinite"]
     assert [(event["step"], event["rows"]) for event in events] == [(6, sorted(task.seen[-1]))]
-    assert rows.replace(", ", ", ") in (tmp_path / "local.log").read_text()
+    assert rows in (tmp_path / "local.log").read_text()
     assert CheckpointFolder(tmp_path).load("last").state["step"] == 4
 
 
@@ -390,8 +390,6 @@ def test_a_checkpoint_of_another_model_is_refused_whole(tmp_path):
 
 
 def test_a_folder_removed_in_mid_run_is_code_6(tmp_path):
-    import shutil
-
     class Gone(ToyTask):
         def end_of_epoch(self, model):
             shutil.rmtree(tmp_path / "run")
@@ -445,8 +443,6 @@ except Interrupted as error:
 
 
 def on_two_ranks(folder, stops=(0, 0)):
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -468,20 +464,28 @@ def on_two_ranks(folder, stops=(0, 0)):
     return [rank.wait(120) for rank in ranks]
 
 
-def test_two_ranks_do_what_one_does_and_stop_together(tmp_path):
+def test_two_ranks_do_what_one_does(tmp_path):
     whole = train(tmp_path / "one", Line(), PLAIN)
-    # the signal reaches the second rank alone, in its second step
-    assert on_two_ranks(tmp_path / "two", stops=(0, 2)) == [143, 143]
-    state = CheckpointFolder(tmp_path / "two").load("last").state
-    assert (state["step"], state["digests"]["world_size"], len(state["random"])) == (2, 2, 2)
     assert on_two_ranks(tmp_path / "two") == [0, 0]
     found = CheckpointFolder(tmp_path / "two").load("best")
     for name, tensor in whole.model.state_dict().items():
         assert torch.allclose(found.model[name], tensor, atol=1e-6)
     ours, theirs = (CheckpointFolder(tmp_path / name).load("last").state for name in ("one", "two"))
+    assert (theirs["digests"]["world_size"], len(theirs["random"])) == (2, 2)
     for one, two in zip(ours["position"]["history"], theirs["position"]["history"], strict=True):
         assert one["values"] == pytest.approx(two["values"], rel=1e-4)
     lines = (tmp_path / "two" / "journal.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if "val/mae" in line] == [4, 8, 12]
     with pytest.raises(CheckpointError, match="world_size was 2 when this checkpoint was written and is 1 now"):
         train(tmp_path / "two", Line(), replace(PLAIN, batch_size=2), resume=True)
+
+
+@pytest.mark.faults
+def test_two_ranks_stop_together_and_resume(tmp_path):
+    assert on_two_ranks(tmp_path / "whole") == [0, 0]
+    # the signal reaches one rank alone
+    assert on_two_ranks(tmp_path / "parts", stops=(0, 2)) == [143, 143]
+    assert CheckpointFolder(tmp_path / "parts").load("last").state["step"] == 2
+    assert on_two_ranks(tmp_path / "parts", stops=(7, 0)) == [143, 143]
+    assert on_two_ranks(tmp_path / "parts") == [0, 0]
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")

@@ -114,7 +114,9 @@ class TrainingConfig(Section):
     accumulate: int = Field(1, ge=1, description="batches per optimiser step")
     lr: float = Field(gt=0, description="peak learning rate")
     weight_decay: float = Field(0.0, ge=0)
-    schedule: Literal["cosine", "one_cycle"] = "cosine"
+    schedule: Literal["cosine", "one_cycle"] = Field(
+        "cosine", description="cosine after linear warm-up; or one cycle with counter-moving momentum (1708.07120)"
+    )
     warmup_share: float = Field(0.1, ge=0, lt=1)
     final_lr_share: float = Field(0.0, ge=0, le=1)
     clip_norm: float = Field(1.0, gt=0)

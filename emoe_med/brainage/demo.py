@@ -18,9 +18,9 @@ from emoe_med.training.progress import counted
 PERSONS, SEED = 72, 7
 ARMS = ("cnn3d_4mm", "emoe_4mm")
 SHORTER = ["training.epochs=40"]
-# range over five training seeds of the same cohort, widened by a quarter at each end
-EXPECTED_MAE = {"cnn3d_4mm": (2.0, 8.0), "emoe_4mm": (2.0, 8.0)}
-EXPECTED_MEDIAN_MAE = 16.0
+# 4.1 years for both arms when this was written, with an interval over the 14 test persons of 2.9 to 5.6: wide on
+# purpose, because other processors round differently
+EXPECTED_MAE = {"cnn3d_4mm": (2.5, 6.5), "emoe_4mm": (2.5, 6.5)}
 
 
 def run_demo(out: Path, configs: Path, jobs: int = 0) -> Iterator[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+
+from emoe_med.config import TrainingConfig
 
 SLOTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
 
@@ -35,24 +37,7 @@ def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
     return AdamW([group for group in groups if group["params"]], lr=lr, fused=on_cuda or None)
 
 
-class Schedule(Protocol):
-    """Options of `set_schedule`.
-
-    Attributes:
-        schedule: `cosine` is linear warm-up, then half a cosine; `one_cycle` rises and falls by half cosines
-            while the momentum does the opposite (Smith and Topin 2017, arXiv 1708.07120).
-        lr: Peak learning rate.
-        warmup_share: Share of the run spent rising, in [0, 1).
-        final_lr_share: Last learning rate as a share of the peak.
-    """
-
-    schedule: Literal["cosine", "one_cycle"]
-    lr: float
-    warmup_share: float
-    final_lr_share: float
-
-
-def set_schedule(optimizer: Optimizer, step: int, total: int, options: Schedule) -> float:
+def set_schedule(optimizer: Optimizer, step: int, total: int, options: TrainingConfig) -> float:
     """Set the learning rate (and for one-cycle the momentum) of one step, as a pure function of the step.
 
     Args:

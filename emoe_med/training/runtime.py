@@ -84,7 +84,8 @@ def prepared(*, seed: int, deterministic: bool, threads: int | None) -> Generato
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a fifth of a step
+    # a debugging aid that costs a fifth of a step
+    torch.utils.deterministic.fill_uninitialized_memory = False  # ty: ignore[missing-attribute]
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic  # volumes of one shape: the search pays once
     if threads is not None:

@@ -54,7 +54,7 @@ class Task(Protocol):
         """
         ...
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss [] to descend, auxiliary losses of routers included, and its parts [] by bare name.
 
         `model` may be wrapped for several ranks: call it, and touch nothing else of it. The names of the
@@ -62,57 +62,10 @@ class Task(Protocol):
         """
         ...
 
-    def validate(self, model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
+    def validate(self, model: Any, batches: Iterator[Batch]) -> dict[str, float]:
         """Measure the model on prepared batches, without gradients; every rank sees the whole set."""
         ...
 
-    def end_of_epoch(self, model: nn.Module) -> dict[str, float]:
+    def end_of_epoch(self, model: Any) -> dict[str, float]:
         """Return further metrics after validation, such as expert loads; called on every rank."""
         ...
-
-
-class TrainingOptions(Protocol):
-    """Options of the loop.
-
-    Attributes:
-        epochs: Passes over the training data.
-        batch_size: Samples of one forward pass on one rank.
-        accumulate: Forward passes per optimiser step.
-        lr: Peak learning rate of AdamW.
-        weight_decay: On everything but biases, norms and what a module exempts.
-        schedule: `cosine` after linear warm-up, or `one_cycle`.
-        warmup_share: Share of all steps spent rising to `lr`.
-        final_lr_share: Last learning rate as a share of `lr`.
-        clip_norm: Largest joint gradient norm.
-        ema_decay: Decay of the moving average of the weights, which is then what is validated and kept; None
-            for no average.
-        precision: `fp32`, or `bf16` autocast.
-        channels_last: Keep convolution weights and images channels-last.
-        deterministic: Same bits twice, or an error.
-        threads: Threads of torch's CPU operators.
-        workers: Loader processes.
-        checkpoint_minutes: Longest time between checkpoints.
-        skip_nonfinite: Steps without a finite loss or gradient that may be left out before the run stops.
-        select: Weights that `fit` returns.
-        seed: Of everything random.
-    """
-
-    epochs: int
-    batch_size: int
-    accumulate: int
-    lr: float
-    weight_decay: float
-    schedule: Literal["cosine", "one_cycle"]
-    warmup_share: float
-    final_lr_share: float
-    clip_norm: float
-    ema_decay: float | None
-    precision: Literal["fp32", "bf16"]
-    channels_last: bool
-    deterministic: bool
-    threads: int | None
-    workers: int
-    checkpoint_minutes: float
-    skip_nonfinite: int
-    select: Literal["best", "last"]
-    seed: int

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from emoe_med.config import TrainingConfig
 from emoe_med.errors import DivergedError, Fault
 from emoe_med.training import optim, runtime
 from emoe_med.training.loader import ResumableSampler, augmentation_keys, make_loader, read_batches
-from emoe_med.training.task import Batch, Task, TrainingOptions
+from emoe_med.training.task import Batch, Task
 from emoe_med.training.tracking import Tracker
 
 LOG = logging.getLogger("emoe_med")
@@ -47,7 +48,7 @@ class Position:
 class Trainer:
     """Hold model, optimiser, moving average and position of a run, and move them."""
 
-    def __init__(self, task: Task, config: TrainingOptions, machine: runtime.Machine, tracker: Tracker) -> None:
+    def __init__(self, task: Task, config: TrainingConfig, machine: runtime.Machine, tracker: Tracker) -> None:
         self.task, self.config, self.machine, self.tracker = task, config, machine, tracker
         on_cuda, ranks = machine.device.type == "cuda", machine.world_size
         self.sampler = ResumableSampler(

@@ -57,6 +57,12 @@ ROUTING = {
     "captured_variance": "variance captured by the basis (1 is the best of its rank)",
     "subspace_overlap": "overlap with the exact subspace (1 is equal)",
     "orthonormality_error": "orthonormality error of the basis",
+    "branch_over_stream": "size of the branch, share of the stream",
+}
+# gains in mean absolute error, years, each with its interval
+ROUTING_VALUE = {
+    "mae_without_branch": "error gained without the branch, years",
+    "mae_permuted_routing": "error gained when tokens swap their experts, years",
 }
 
 
@@ -202,6 +208,11 @@ def _routing(metrics: Mapping[str, Any]) -> str:
     rows = [
         [escape(label), *(f"{found[name]:.3g}" if name in found else "–" for found in layers.values())]
         for name, label in ROUTING.items()
+        if any(name in found for found in layers.values())
+    ]
+    rows += [
+        [escape(label), *(cell(found.get(name)) for found in layers.values())]
+        for name, label in ROUTING_VALUE.items()
         if any(name in found for found in layers.values())
     ]
     bars = "".join(figures.expert_loads(load, plain(layer, "layer")) for layer, load in loads.items() if load)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from emoe_med.brainage.cohort import Cohort, chain_options, prepare_cohort
+from emoe_med.brainage.compare import compare_groups
 from emoe_med.brainage.evaluate import evaluate_run
 from emoe_med.brainage.report import write_report
 from emoe_med.brainage.task import BrainAgeTask
@@ -65,7 +67,21 @@ def train(
     for fold, run_dir in zip(folds, run_dirs, strict=True):
         if not (run_dir / "metrics.json").is_file():
             _train_fold(config, cohort, out, group, run_dir, fold, resume, synthetic)
+    _summarise(config, out, group)
     return run_dirs
+
+
+def _summarise(config: BrainAgeConfig, out: Path, group: Path) -> None:
+    """Give the parent run the error pooled over all folds and seeds that are done."""
+    result, table = compare_groups([group])
+    found = result[group.name]
+    replace_file(group / "summary.json", (json.dumps(found, indent=1) + "\n").encode())
+    replace_file(group / "summary.md", (table + "\n").encode())
+    with _tracker(group, out, config, "group") as tracker:
+        values = {"test/mae": found["mae"]["value"], "test/mae_ensemble": found["mae_ensemble"]["value"]}
+        tracker.metrics(len(found["mae_by_run"]), values)
+        for name in ("summary.json", "summary.md"):
+            tracker.log_artifact(group / name, "tables")
 
 
 def _check_folders(run_dirs: list[Path], resume: bool) -> None:

@@ -14,6 +14,7 @@ from emoe_med.brainage.net import BrainAgeNet
 from emoe_med.config import BrainAgeConfig
 from emoe_med.data.augment import AugmentOptions, augment, to_model_grid
 from emoe_med.data.brain import HeadDataset
+from emoe_med.data.memory import Held
 from emoe_med.models.heads import TrainingAges
 from emoe_med.moe import RoutingStats
 from emoe_med.training.task import MapDataset
@@ -44,8 +45,9 @@ class BrainAgeTask:
     ) -> None:
         self.config = config
         self.ages = TrainingAges.of([age for i in train if (age := heads.scans[i].age) is not None])
-        self.train_data: MapDataset = Subset(heads, train)
-        self.val_data: MapDataset = Subset(heads, val)
+        held = Held(heads)
+        self.train_data: MapDataset = Subset(held, train)
+        self.val_data: MapDataset = Subset(held, val)
         self.digests: Mapping[str, str] = dict(digests)
         self.meta = {**(meta or {}), "training_ages": asdict(self.ages)}
         self.augment = AugmentOptions(**config.augment.model_dump())

@@ -1,0 +1,30 @@
+import torch
+
+from emoe_med.data.memory import Held
+
+
+class Counted(torch.utils.data.Dataset):
+    def __init__(self):
+        self.reads = 0
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return {"image": torch.full((10,), float(index)), "row": index}
+
+
+def test_reads_once_what_fits_and_each_time_what_does_not():
+    data = Counted()
+    held = Held(data, limit_bytes=2 * 40)
+    for _ in range(3):
+        for index in range(len(held)):
+            assert held[index]["image"].tolist() == [float(index)] * 10
+    assert data.reads == 2 + 3 * 2
+
+
+def test_a_sample_can_be_extended_without_a_trace():
+    held = Held(Counted())
+    held[0]["more"] = 1
+    assert set(held[0]) == {"image", "row"}

@@ -24,5 +24,6 @@ def test_every_command_shown_exists():
 
 def test_linked_files_are_there():
     here = Path(__file__).parent.parent
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+    for target in re.findall(r'\]\(([^)#:]+)\)|src="([^"]+)"', README):
+        target = "".join(target)
         assert (here / target).exists(), target

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
 from emoe_med.config import BrainAgeConfig
-from emoe_med.data.brain import ChainOptions, HeadDataset
+from emoe_med.data.brain import ChainOptions, HeadDataset, Reading
 from emoe_med.data.manifest import Manifest
 from emoe_med.data.scan import person_key
 from emoe_med.data.splits import assign_splits
@@ -23,6 +22,7 @@ class Cohort:
 
     manifest: Manifest
     heads: HeadDataset
+    readings: list[Reading]
 
     def split(self, config: BrainAgeConfig, fold: int) -> pd.DataFrame:
         """Return columns row, split and fold; persons, families and repeated images stay together."""
@@ -92,23 +92,21 @@ def prepare_cohort(
         DataError: All scans that cannot be used, each with row, file and reason; or one image in two rows.
     """
     heads = HeadDataset(manifest.scans, options, cache_dir)
-    found = heads.build(jobs, progress)
+    readings = heads.build(jobs, progress)
     name = manifest.path.name
-    faults = [Fault(f.code, f.reason, f.file, f.row, name, f.hint) for f in found.values()]
-    faults += _repeated_images(heads, name, skip=set(found))
+    faults = [replace(reading.fault, manifest=name) for reading in readings if reading.fault]
+    faults += _repeated_images(manifest, readings)
     if faults:
         raise DataError(*sorted(faults, key=lambda fault: fault.row or 0))
-    return Cohort(manifest, heads)
+    return Cohort(manifest, heads, readings)
 
 
-def _repeated_images(heads: HeadDataset, manifest: str, skip: set[int]) -> list[Fault]:
+def _repeated_images(manifest: Manifest, readings: list[Reading]) -> list[Fault]:
     """Find rows that hold the same image, also when it was compressed anew: equal volumes in the model's space."""
-    rows = defaultdict(list)
-    for index, scan in enumerate(heads.scans):
-        if index not in skip:
-            rows[heads.content(index)].append(scan)
-    return [
-        Fault("MAN-IMAGE", f"same image as row {scans[0].row}", str(scan.image), scan.row, manifest)
-        for scans in rows.values()
-        for scan in scans[1:]
-    ]
+    first: dict[str, int] = {}
+    faults = []
+    for scan, reading in zip(manifest.scans, readings, strict=True):
+        row = first.setdefault(reading.content, scan.row)
+        if reading.fault is None and row != scan.row:
+            faults.append(Fault("MAN-IMAGE", f"same image as row {row}", str(scan.image), scan.row, manifest.path.name))
+    return faults

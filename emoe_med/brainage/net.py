@@ -17,8 +17,11 @@ class BrainAgeNet(nn.Module):
         super().__init__()
         self.head: SoftLabelHead | L1Head = HEADS[config.head](ages)
         options = SFCNOptions(config.channels, config.pooled, config.neck, config.stem, config.dropout)
-        moe = None if config.moe is None else build_layer(config.moe, config.channels[config.moe.after_block - 1])
-        self.net = SFCN(self.head.outputs, options, moe, config.moe.after_block if config.moe else None)
+        # the net first: arms of one seed start from the same weights, whatever layer they have
+        self.net = SFCN(self.head.outputs, options)
+        if config.moe is not None:
+            self.net.moe = build_layer(config.moe, config.channels[config.moe.after_block - 1])
+            self.net.moe_after = config.moe.after_block
 
     def forward(self, image: Tensor) -> ModelOutput:
         """Map images [B, 1, X, Y, Z] to the raw output and the routing."""

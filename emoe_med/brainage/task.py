@@ -45,7 +45,7 @@ class BrainAgeTask:
     ) -> None:
         self.config = config
         self.ages = TrainingAges.of([age for i in train if (age := heads.scans[i].age) is not None])
-        held = Held(heads)
+        held = heads if config.training.workers else Held(heads)  # each worker would hold its own
         self.train_data: MapDataset = Subset(held, train)
         self.val_data: MapDataset = Subset(held, val)
         self.digests: Mapping[str, str] = dict(digests)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor, PersistentDataset
 from monai.transforms import Compose, LoadImaged, MapTransform, Transform
+from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -31,7 +33,7 @@ from emoe_med.errors import Fault, VolumeError
 LOG = logging.getLogger("emoe_med")
 
 # part of every cache key: raise it when a step below changes what it gives
-CHAIN_VERSION = 1
+CHAIN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,10 @@ class BrainToBoxd(MapTransform):
         matrix, similarity = self._matrix(voxels, affine, mask)
         shape, grid = box_grid(self.options.spacing_mm)
         brain = resample(np.where(mask, voxels, 0), affine, matrix, grid, shape)
-        inside = resample(mask.astype(np.float32), affine, matrix, grid, shape) >= 0.5
-        normal = np.where(inside, np.clip((brain / voxels[mask].mean() - 1) / 0.25, -4, 3), 0)
+        share = resample(mask.astype(np.float32), affine, matrix, grid, shape)
+        # a voxel on the edge is the mean of what lies inside: averaged with the zeros outside it would look like CSF
+        mean = brain / (np.maximum(share, 0.5) * voxels[mask].mean())
+        normal = np.where(share >= 0.5, np.clip((mean - 1) / 0.25, -4, 3), 0)
         return {
             "image": torch.from_numpy(normal.astype(np.float32))[None],
             "similarity": torch.tensor(similarity),
@@ -105,8 +109,8 @@ class BrainToBoxd(MapTransform):
 
     def _mask(self, voxels: np.ndarray, affine: np.ndarray, given: MetaTensor | None) -> np.ndarray:
         if self.options.mask == "head":
-            # the mean of a head in air lies between the two; scanners scale too differently for a constant
-            mask = voxels > voxels.mean()
+            # the mean of a head in air lies between the two; what the scalp encloses is head, dark or not
+            mask = ndimage.binary_fill_holes(voxels > voxels.mean())
         elif given is None:
             raise VolumeError(Fault("VOL-MASK", "no mask or labels for a model of masked brains"))
         else:
@@ -237,11 +241,7 @@ class HeadDataset(PersistentDataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:  # ty: ignore[incompatible-method-override]
         """Return one scan in the model's space."""
-        scan = self.scans[index]
-        try:
-            entry = self._checked(self.data[index])
-        except Exception as error:
-            raise self._with_row(error, scan) from error
+        scan, entry = self.scans[index], self.entry(index)
         return {
             "image": entry["image"],
             "similarity": entry["similarity"].float(),
@@ -250,9 +250,12 @@ class HeadDataset(PersistentDataset):
             "row": torch.tensor(scan.row),
         }
 
-    def content(self, index: int) -> str:
-        """Return the digest of a scan's voxels in the model's space; equal for one image under two names."""
-        return self._checked(self.data[index])["digest"]
+    def entry(self, index: int) -> dict[str, Any]:
+        """Return the cache entry of a scan: image, similarity, matrix and digest."""
+        try:
+            return self._checked(self.data[index])
+        except Exception as error:
+            raise self._with_row(error, self.scans[index]) from error
 
     def _checked(self, item: dict[str, str]) -> dict[str, Any]:
         """Return the cache entry of an item, made anew where it is missing, unreadable or damaged."""
@@ -278,22 +281,30 @@ class HeadDataset(PersistentDataset):
         faults = [replace(f, row=scan.row, file=f.file or str(scan.image)) for f in cause.faults]
         return VolumeError(*faults)
 
-    def build(self, jobs: int = 0, progress: Callable[[Collection], Iterator] = iter) -> dict[int, Fault]:
-        """Fill the cache for all scans and return the faults of those that cannot be used, by index.
+    def build(self, jobs: int = 0, progress: Callable[[Collection], Iterator] = iter) -> list[Reading]:
+        """Fill the cache for all scans and tell of each, in their order, whether it can be used.
 
         Args:
             jobs: worker processes; 0 works in this one.
             progress: wraps the finished scans, e.g. for a progress bar.
         """
-        attempts = DataLoader(_Attempts(self), batch_size=None, num_workers=jobs)
-        tried = zip(progress(range(len(self))), attempts, strict=True)
-        faults = {index: fault for _, (index, fault) in tried if fault is not None}
+        attempts = DataLoader(_Readings(self), batch_size=None, num_workers=jobs)
+        readings = [reading for _, reading in zip(progress(range(len(self))), attempts, strict=True)]
         self.digests.recall()
-        return faults
+        return readings
 
 
-class _Attempts(TorchDataset):
-    """Try each scan of a dataset: (index, fault or None)."""
+@dataclass(frozen=True)
+class Reading:
+    """One scan as it was read: why it cannot be used, or the digest of its content and its similarity."""
+
+    fault: Fault | None
+    content: str = ""  # equal for one image under two names
+    similarity: float = math.nan
+
+
+class _Readings(TorchDataset):
+    """Read each scan of a dataset."""
 
     def __init__(self, heads: HeadDataset) -> None:
         self.heads = heads
@@ -301,9 +312,9 @@ class _Attempts(TorchDataset):
     def __len__(self) -> int:
         return len(self.heads)
 
-    def __getitem__(self, index: int) -> tuple[int, Fault | None]:
+    def __getitem__(self, index: int) -> Reading:
         try:
-            self.heads[index]
+            entry = self.heads.entry(index)
         except VolumeError as error:
-            return index, error.faults[0]
-        return index, None
+            return Reading(error.faults[0])
+        return Reading(None, entry["digest"], float(entry["similarity"]))

@@ -76,7 +76,7 @@ def fit(task: Task, config: TrainingConfig, run_dir: Path, tracker: Tracker, res
                     keeper.stop(stop.code)
                 is_best = trainer.end_epoch(metrics)
                 progress.line(trainer.describe(metrics))
-                keeper.after_epoch(is_best)
+                keeper.after_epoch(stop, is_best)
                 tracker.flush()
         folder = keeper.selected(config.select)
         model, at = trainer.model, trainer.position

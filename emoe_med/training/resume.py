@@ -65,22 +65,27 @@ class Keeper:
         Raises:
             Interrupted: With the exit code of the signal.
         """
-        now = time.monotonic()
-        self._longest_step_s = max(self._longest_step_s, now - self._stepped_at)
-        interrupted, terminated, due = self.machine.any(
-            stop.code == EXIT_SIGINT, stop.code == EXIT_SIGTERM, self.machine.first and self._due(now)
-        )
-        if interrupted or terminated:
-            self.stop(EXIT_SIGTERM if terminated else EXIT_SIGINT)
-        if due:
-            self._save()
-        self._stepped_at = time.monotonic()
+        self._longest_step_s = max(self._longest_step_s, time.monotonic() - self._stepped_at)
+        self._save_if(stop)
 
-    def after_epoch(self, is_best: bool) -> None:
-        """Save a best validation, the end of the run, and what is due."""
+    def after_epoch(self, stop: runtime.StopSignal, is_best: bool) -> None:
+        """Save a best validation, the end of the run, and what is due; end if a signal came meanwhile.
+
+        Raises:
+            Interrupted: With the exit code of the signal.
+        """
         last = self.trainer.position.epoch == self.trainer.config.epochs
-        if self.machine.any(is_best or last or (self.machine.first and self._due(time.monotonic())))[0]:
+        self._save_if(stop, wanted=is_best or last, is_best=is_best)
+
+    def _save_if(self, stop: runtime.StopSignal, wanted: bool = False, is_best: bool = False) -> None:
+        due = self.machine.first and time.monotonic() - self._saved_at >= self._period_s
+        interrupted, terminated, save = self.machine.any(
+            stop.code == EXIT_SIGINT, stop.code == EXIT_SIGTERM, wanted or due
+        )
+        if save or interrupted or terminated:
             self._save(is_best)
+        if interrupted or terminated:
+            self._end(EXIT_SIGTERM if terminated else EXIT_SIGINT)
         self._stepped_at = time.monotonic()
 
     def stop(self, code: int) -> NoReturn:
@@ -90,6 +95,9 @@ class Keeper:
             Interrupted: Always.
         """
         self._save()
+        self._end(code)
+
+    def _end(self, code: int) -> NoReturn:
         self.machine.wait()  # for the rank that writes
         signal = "SIGTERM" if code == EXIT_SIGTERM else "SIGINT"
         reason = f"stopped by {signal} after step {self.trainer.position.step}; the state was saved"
@@ -105,9 +113,6 @@ class Keeper:
         if folder is None:
             raise CheckpointError(Fault("CKPT-MISSING", "no checkpoint", file=str(self.checkpoints.path)))
         return folder
-
-    def _due(self, now: float) -> bool:
-        return now - self._saved_at >= self._period_s
 
     def _digests(self) -> dict[str, Any]:
         return {**self.trainer.task.digests, "world_size": self.machine.world_size}

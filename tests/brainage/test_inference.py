@@ -32,6 +32,18 @@ def image():
     return torch.randn(2, 1, 8, 8, 8)
 
 
+def test_arms_of_one_seed_start_as_the_same_network():
+    outputs = []
+    for moe in (None, MoEConfig(after_block=1), MoEConfig(after_block=1, num_experts=1, router={"kind": "random"})):
+        torch.manual_seed(4)
+        model = ModelConfig(channels=(8, 8), pooled=1, neck=8, dropout=0.0, head="l1", moe=moe)
+        net = BrainAgeNet(model, TrainingAges.of([20.0, 80.0])).eval()
+        with torch.no_grad():
+            outputs.append(net(torch.ones(1, 1, 8, 8, 8)).output)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
 def test_permuted_routing_keeps_the_load_and_changes_the_prediction():
     net, x = routed_net(), image()
     (layer,) = net.routed_layers().values()

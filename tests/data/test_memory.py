@@ -15,13 +15,14 @@ class Counted(torch.utils.data.Dataset):
         return {"image": torch.full((10,), float(index)), "row": index}
 
 
-def test_reads_once_what_fits_and_each_time_what_does_not():
-    data = Counted()
-    held = Held(data, limit_bytes=2 * 40)
-    for _ in range(3):
-        for index in range(len(held)):
-            assert held[index]["image"].tolist() == [float(index)] * 10
-    assert data.reads == 2 + 3 * 2
+def test_reads_once_if_all_fits_else_each_time():
+    for limit, reads in ((4 * 40, 4), (4 * 40 - 1, 12)):
+        data = Counted()
+        held = Held(data, limit_bytes=limit)
+        for _ in range(3):
+            for index in range(len(held)):
+                assert held[index]["image"].tolist() == [float(index)] * 10
+        assert data.reads == reads
 
 
 def test_a_sample_can_be_extended_without_a_trace():

@@ -16,7 +16,11 @@ from emoe_med.training import outbox
 from emoe_med.training.store import serve
 from emoe_med.training.tracking import Tracker, sync
 
-pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")]
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),
+]
 
 
 def free_port():

@@ -325,6 +325,37 @@ def test_exhausted_memory_is_code_7_with_batch_and_shapes(tmp_path):
     assert "batch_size 4, accumulate 1, last batch image [4, 1, 4, 4, 4]" in str(caught.value)
 
 
+def test_a_loader_worker_that_is_killed_is_code_7(tmp_path):
+    class Killed(type(ToyTask().train_data)):
+        def __getitem__(self, index):
+            if index == 5:
+                os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory ends
+            return super().__getitem__(index)
+
+    task = ToyTask()
+    task.train_data = Killed(18, 2)
+    with pytest.raises(OutOfMemoryError, match="MEM-WORKER"):
+        train(tmp_path, task, replace(OPTIONS, workers=1))
+
+
+@pytest.mark.parametrize("epoch", [2, 3])
+def test_a_signal_while_an_epoch_ends_is_not_lost(tmp_path, uninterrupted, epoch):
+    class Late(ToyTask):
+        ends = 0
+
+        def end_of_epoch(self, model):
+            self.ends += 1
+            if self.ends == epoch:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().end_of_epoch(model)
+
+    with pytest.raises(Interrupted):
+        train(tmp_path, Late())
+    assert CheckpointFolder(tmp_path).load("last").state["position"]["epoch"] == epoch
+    train(tmp_path, resume=True)
+    assert outcome(tmp_path) == uninterrupted[0]
+
+
 def test_a_validation_that_is_no_number_is_never_best(tmp_path):
     class Blind(ToyTask):
         epoch = 0

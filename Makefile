@@ -1,5 +1,6 @@
 PY ?= python3
 BIN := .venv/bin
+MANIFEST ?= demo/cohort/manifest.csv
 # uv does not read pip's configuration; hand it the folder of local wheels, where pip has one
 export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS),$(shell $(PY) -m pip config get global.find-links 2>/dev/null))
 
@@ -18,7 +19,7 @@ lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/ty check emoe_med
 
 bench: .venv/.installed
-	$(BIN)/python benchmarks/brainage.py
+	$(BIN)/python benchmarks/brainage.py --manifest $(MANIFEST)
 
 ui: .venv/.installed
 	$(BIN)/python -m emoe_med.brainage ui --out demo/runs

@@ -1,6 +1,6 @@
 """Time the main job: reading a scan for the first time and from the cache, a training step, a prediction.
 
-    python benchmarks/brainage.py --manifest M.csv [--config configs/brainage/emoe_4mm.yaml] [--scans 16]
+    python benchmarks/brainage.py --manifest M.csv [--scans 16]
 
 Prints process CPU seconds at one thread per volume, medians over rounds; arms are interleaved round by round, so
 that their ratios hold on a shared machine. The heads are real, the weights are random: speed does not depend on them.

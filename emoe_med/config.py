@@ -129,7 +129,7 @@ class TrainingConfig(Section):
     checkpoint_minutes: float = Field(5.0, ge=0)
     skip_nonfinite: int = Field(0, ge=0, description="non-finite steps to skip before stopping")
     select: Literal["best", "last"] = Field("best", description="epoch by validation, or the last one")
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=999)
 
 
 class EvaluationConfig(Section):
@@ -150,7 +150,8 @@ class TrackingConfig(Section):
 class BrainAgeConfig(Section):
     """One brain-age run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    # names appear in the tracking server: no four digits in a row, which could be a participant number
+    name: str = Field(pattern=r"^[A-Za-z]([0-9]{0,3}[A-Za-z_.-])*[0-9]{0,3}$", max_length=60)
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import pandas as pd
 
 from emoe_med.brainage.comparison import compare
 from emoe_med.brainage.evaluate import read_predictions
-from emoe_med.brainage.metrics import DEFAULT_BOOTSTRAP
+from emoe_med.brainage.metrics import DEFAULT_BOOTSTRAP, first_sessions
 from emoe_med.errors import DataError, Fault
 
 
 def compare_groups(folders: list[Path]) -> tuple[dict[str, Any], str]:
     """Pool the test predictions of each arm over folds and seeds and compare them with the first arm.
+
+    Only the folds and seeds that all arms have are used, one scan a person (the first session).
 
     Args:
         folders: Folders of arms, each with run folders of any folds and seeds.
@@ -24,33 +27,65 @@ def compare_groups(folders: list[Path]) -> tuple[dict[str, Any], str]:
     Returns:
         Figures by arm, and the same as a Markdown table. `mae` is the mean over seeds of the error on pooled
         folds, `mae_ensemble` that of the mean prediction over seeds; intervals are over persons, the
-        difference is paired and Holm-corrected.
+        difference is paired and Holm-corrected; it holds for the seeds at hand.
 
     Raises:
-        DataError: An arm has no evaluated run, or arms were scored on different scans.
+        DataError: An arm has no evaluated run, arms have no run in common, or runs differ in manifest, chain,
+            or who is in which fold.
     """
-    groups = {folder.name: _predictions(folder) for folder in folders}
-    if len(groups) < len(folders):
+    if len({folder.name for folder in folders}) < len(folders):
         raise DataError(Fault("CMP-NAMES", "two arms have the same name"))
+    runs = {folder: _runs(folder) for folder in folders}
+    common = set.intersection(*(set(found) for found in runs.values()))
+    if not common:
+        raise DataError(Fault("CMP-RUNS", "the arms have no fold and seed in common"))
+    _check_alike(runs, common)
+    groups = {folder.name: _predictions({key: runs[folder][key] for key in common}) for folder in folders}
     result = compare(groups, reference=folders[0].name)
-    for name, table in groups.items():
-        result[name]["seeds"] = sorted(table["seed"].unique().tolist())
-        result[name]["mae_by_seed"] = {
-            str(seed): float(part.groupby("row")["error"].mean().mean()) for seed, part in table.groupby("seed")
-        }
-        result[name]["mae_ensemble"] = _ensemble(table)
-        result[name]["routing"] = _routing(folders[list(groups).index(name)])
+    for folder in folders:
+        table, found = groups[folder.name], result[folder.name]
+        found["seeds"] = sorted({seed for seed, _ in common})
+        found["folds"] = sorted({fold for _, fold in common})
+        found["left_out"] = sorted(run.name for key, run in runs[folder].items() if key not in common)
+        by_seed = table.groupby("seed")["error"].mean()
+        found["mae_by_seed"] = {str(seed): float(error) for seed, error in by_seed.items()}
+        found["mae_ensemble"] = _ensemble(table)
+        found["routing"] = _routing([runs[folder][key] for key in sorted(common)])
     return result, _markdown(result)
 
 
-def _predictions(folder: Path) -> pd.DataFrame:
-    runs = sorted(path.parent for path in folder.glob("seed*-fold*/metrics.json"))
+def _runs(folder: Path) -> dict[tuple[int, int], Path]:
+    """Return the evaluated runs of an arm by (seed, fold)."""
+    runs = {}
+    for path in folder.glob("seed*-fold*/metrics.json"):
+        seed, fold = path.parent.name.removeprefix("seed").split("-fold")
+        runs[int(seed), int(fold)] = path.parent
     if not runs:
         raise DataError(Fault("CMP-NONE", "no evaluated run in this folder", str(folder)))
+    return runs
+
+
+def _check_alike(runs: dict[Path, dict[tuple[int, int], Path]], common: set[tuple[int, int]]) -> None:
+    """Refuse runs that saw other scans: manifest, chain and splits must be the same fold by fold."""
+    faults, known = [], {}
+    for key in sorted(common):
+        for found in runs.values():
+            environment = json.loads((found[key] / "environment.json").read_text())
+            facts = {name: environment.get(name) for name in ("manifest", "chain")}
+            facts["splits"] = hashlib.sha256((found[key] / "splits.csv").read_bytes()).hexdigest()
+            for name, value in facts.items():
+                scope = (name, key[1]) if name == "splits" else name
+                if known.setdefault(scope, value) != value:
+                    faults.append(Fault("CMP-OTHER", f"another {name} than the other runs", str(found[key])))
+    if faults:
+        raise DataError(*faults)
+
+
+def _predictions(runs: dict[tuple[int, int], Path]) -> pd.DataFrame:
     tables = []
-    for run in runs:
-        seed = int(run.name.split("-")[0].removeprefix("seed"))
-        tables.append(read_predictions(run, "test").assign(run=run.name, seed=seed))
+    for (seed, _), run in sorted(runs.items()):
+        table = read_predictions(run, "test").dropna(subset=["age", "predicted_age"])
+        tables.append(first_sessions(table).assign(run=run.name, seed=seed))
     table = pd.concat(tables, ignore_index=True)
     return table.assign(error=(table["predicted_age"] - table["age"]).abs())
 
@@ -64,11 +99,11 @@ def _ensemble(table: pd.DataFrame) -> dict[str, Any]:
     return DEFAULT_BOOTSTRAP.estimate(float(error.mean()), np.concatenate(drawn), len(np.unique(persons)))
 
 
-def _routing(folder: Path) -> dict[str, dict[str, float]] | None:
-    """Mean and worst figure of the routed layers over the runs of an arm."""
+def _routing(runs: list[Path]) -> dict[str, dict[str, float]] | None:
+    """Mean, least and largest figure of the routed layers over the runs of an arm."""
     rows = []
-    for path in folder.glob("seed*-fold*/metrics.json"):
-        for layer in json.loads(path.read_text()).get("routing", {}).values():
+    for run in runs:
+        for layer in json.loads((run / "metrics.json").read_text()).get("routing", {}).values():
             figures = {key: value for key, value in layer.items() if isinstance(value, int | float)}
             for key in ("mae_without_branch", "mae_permuted_routing"):
                 if key in layer:
@@ -80,19 +115,28 @@ def _routing(folder: Path) -> dict[str, dict[str, float]] | None:
     return {key: {"mean": table[key].mean(), "min": table[key].min(), "max": table[key].max()} for key in table}
 
 
+MIN_SEEDS = 3  # a p value over persons says nothing about another seed of the same arm
+
+
 def _markdown(result: dict[str, Any]) -> str:
     lines = [
-        "| arm | seeds | MAE, years | MAE of the seed ensemble | difference to the first arm | p, Holm |",
+        "| arm | MAE, years | by seed | MAE of the seed ensemble | difference to the first arm | p, Holm |",
         "|---|---|---|---|---|---|",
     ]
-    for name, found in result.items():
-        difference = found.get("difference")
-        cells = [name, str(len(found["seeds"])), _interval(found["mae"]), _interval(found["mae_ensemble"])]
-        cells += ["", ""] if difference is None else [_interval(difference), f"{difference['p_holm']:.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
     first = next(iter(result.values()))
+    for name, found in result.items():
+        by_seed = ", ".join(f"{error:.2f}" for error in found["mae_by_seed"].values())
+        cells = [name, _interval(found["mae"]), by_seed, _interval(found["mae_ensemble"]), "", ""]
+        if "difference" in found:
+            p = f"{found['difference']['p_holm']:.3f}" if len(first["seeds"]) >= MIN_SEEDS else "needs 3 seeds"
+            cells[4:] = [_interval(found["difference"]), p]
+        lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
-    lines.append(f"{first['mae']['n']} persons; 95 % bootstrap intervals over persons; difference below 0: better.")
+    counts = f"{first['mae']['n']} persons, {len(first['folds'])} folds, {len(first['seeds'])} seeds"
+    lines.append(f"{counts}; 95 % bootstrap intervals over persons; a difference below 0 is better than the first arm.")
+    left_out = [f"{name}/{run}" for name, found in result.items() for run in found["left_out"]]
+    if left_out:
+        lines.append(f"Left out, because not every arm has them: {', '.join(left_out)}.")
     return "\n".join(lines)
 
 

@@ -95,18 +95,23 @@ def evaluate_elsewhere(
 ) -> tuple[dict[str, Any], Path]:
     """Score a run on the scans of another manifest, under `<run>/evaluations/<digest of the manifest>/`.
 
-    Scans of the run's own training and validation persons must not be among them; the manifest of the training
-    is refused.
-
     Raises:
         CheckpointError: The run has no usable checkpoint.
-        DataError: Scans cannot be used, or the manifest is the one that the run was trained with.
+        DataError: Scans cannot be used, or the run was trained or selected on them: each such row. Other scans
+            of a training person are found only by the eye.
     """
     model = TrainedModel.load(run_dir)
-    if model.contract["manifest"] == manifest.sha256:
-        reason = "the run was trained with this manifest; its test persons are scored in metrics.json"
-        raise DataError(Fault("EVAL-SEEN", reason, str(manifest.path)))
     cohort = prepare_cohort(manifest, model.chain(), cache_dir, jobs, counted("reading scans"))
+    seen = set(model.contract["seen"])
+    faults = [
+        Fault(
+            "EVAL-SEEN", "the run was trained or selected on this image", str(scan.image), scan.row, manifest.path.name
+        )
+        for scan, reading in zip(manifest.scans, cohort.readings, strict=True)
+        if reading.content in seen
+    ]
+    if faults:
+        raise DataError(*faults)
     found = predict_scans(model, cohort.heads, range(len(manifest.scans)), progress=counted("predicting"))
     tables = {"test": found.merge(cohort.table(), on="row"), "val": read_predictions(run_dir, "val")}
     metrics = _score(tables, model)
@@ -147,12 +152,12 @@ def with_correction(frame: pd.DataFrame, bias: AgeBias | None) -> pd.DataFrame:
     frame = frame.assign(brain_pad=frame["predicted_age"] - frame["age"])
     if bias is None:
         return frame
-    corrected, _ = bias.apply(frame["predicted_age"].to_numpy(), frame["age"].to_numpy())
-    return frame.assign(predicted_age_corrected=corrected)
+    corrected, in_range = bias.apply(frame["predicted_age"].to_numpy(), frame["age"].to_numpy())
+    return frame.assign(predicted_age_corrected=corrected, corrected_in_range=in_range)
 
 
 PREDICTION_COLUMNS = [
-    *("row", "person", "age", "predicted_age", "brain_pad", "predicted_age_corrected"),
+    *("row", "person", "age", "predicted_age", "brain_pad", "predicted_age_corrected", "corrected_in_range"),
     *("similarity", "sex", "site", "status", "reason"),
 ]
 

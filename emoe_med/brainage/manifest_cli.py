@@ -55,7 +55,7 @@ def manifest_ukb(
 ) -> None:
     """From UK Biobank bulk folders and a table of fields; instances 2 and 3.
 
-    Example: python -m emoe_med.brainage manifest ukb --bulk bulk --table fields.csv -o data_manifests/mine.csv
+    Example: python -m emoe_med.brainage manifest ukb --bulk bulk --table fields.csv -o ukb_mine.csv
     """
     from emoe_med.brainage.build_manifest import from_ukb
 

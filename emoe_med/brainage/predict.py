@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -26,7 +27,10 @@ COLUMNS = [
 def predict(run_dir: Path, source: Path, output: Path, cache_dir: Path, data_root: Path | None = None) -> pd.DataFrame:
     """Predict the age of every scan of a file, folder or manifest and write a CSV.
 
-    The scans go through the chain of the training run. Status is `ok`; `check` where a person should look: the
+    The scans go through the chain of the training run. For a file or folder the brain mask is looked for beside
+    each head: `*_desc-brain_mask`, `<head>_mask`, `<head>_brain_mask` or `T1_brain_mask`.
+
+    Status is `ok`; `check` where a person should look: the
     head fits the template worse than any training head, or the age is outside the training ages; `refused`
     where no age is given. Ages are in years; the file names persons, because it is for the one who asked.
 
@@ -75,9 +79,9 @@ def _scans(source: Path, data_root: Path | None) -> tuple[list[Scan], pd.DataFra
     """Return the scans of a file, folder or manifest, and rows for those that its table already refuses."""
     none = pd.DataFrame(columns=["row", *COLUMNS])
     if source.is_dir():
-        files = sorted([*source.rglob("*.nii"), *source.rglob("*.nii.gz")])
+        files = sorted(f for f in [*source.rglob("*.nii"), *source.rglob("*.nii.gz")] if not _DERIVED.search(f.name))
         if not files:
-            raise DataError(Fault("PRED-NONE", "no .nii or .nii.gz file in this folder", str(source)))
+            raise DataError(Fault("PRED-NONE", "no .nii or .nii.gz head in this folder", str(source)))
         return [_scan_of(file, row) for row, file in enumerate(files, start=1)], none
     if source.suffix.lower() not in (".csv", ".tsv"):
         return [_scan_of(source, 1)], none
@@ -102,8 +106,21 @@ def _scans(source: Path, data_root: Path | None) -> tuple[list[Scan], pd.DataFra
     return scans, pd.DataFrame(rows, columns=none.columns) if rows else none
 
 
+_DERIVED = re.compile(r"(mask|dseg|probseg|label|seg)s?\.nii", re.IGNORECASE)  # no heads
+
+
 def _scan_of(file: Path, row: int) -> Scan:
     participant, session = identity_from_path(file.as_posix())
-    return Scan(
-        row=row, image=file, age=None, participant_id=participant or file.name.split(".")[0], session_id=session
-    )
+    name = participant or file.name.split(".")[0]
+    return Scan(row=row, image=file, age=None, participant_id=name, session_id=session, mask=_mask_beside(file))
+
+
+def _mask_beside(file: Path) -> Path | None:
+    """Return the brain mask that lies beside a head under one of the usual names."""
+    stem = file.name.removesuffix(".gz").removesuffix(".nii")
+    bids = re.sub(r"(_desc-[^_]+)?_T1w$", "", stem)
+    for name in (f"{bids}_desc-brain_mask", f"{stem}_mask", f"{stem}_brain_mask", "T1_brain_mask"):
+        for ending in (".nii.gz", ".nii"):
+            if (file.parent / (name + ending)).is_file():
+                return file.parent / (name + ending)
+    return None

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from emoe_med.brainage import report_figures as figures
+from emoe_med.brainage.metrics import MIN_PERSONS
 from emoe_med.brainage.report_page import (
     cell,
     facts,
@@ -66,10 +67,14 @@ ROUTING_VALUE = {
 }
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write ``report/report.html`` of an evaluated run.
+def write_report(run_dir: Path, shared: bool = False) -> Path:
+    """Write ``report/report.html`` of an evaluated run, or the page that may be shared.
+
+    The shared page, ``report/shared/report.html``, has no point per person and no group of fewer persons than an
+    interval needs.
 
     Args:
+        shared: Write the page for the tracking server.
         run_dir: Run folder. ``metrics.json`` and ``predictions/test.csv`` must be there; what else is missing
             (config.yaml, environment.json, splits.csv, predictions/val.csv, journal.jsonl) leaves its part out.
 
@@ -91,8 +96,8 @@ def write_report(run_dir: Path) -> Path:
     predictions = {split: _read_predictions(path) for split, path in paths.items() if path.is_file()}
     sections = [
         _headline(metrics),
-        _figures(predictions["test"], metrics),
-        _strata(metrics),
+        "" if shared else _figures(predictions["test"], metrics),
+        _strata(_without_small_groups(metrics) if shared else metrics),
         _corrected(metrics),
         _routing(metrics),
         _training(run_dir),
@@ -103,9 +108,31 @@ def write_report(run_dir: Path) -> Path:
     is_synthetic = any(source.get("synthetic") for source in (environment, metrics, metrics.get("data") or {}))
     name = plain(config.get("name"), "(name not shown)") if config else "run"
     html = page(f"Brain age: {name}", "\n".join(sections), is_synthetic=is_synthetic)
-    path = run_dir / "report" / "report.html"
-    path.parent.mkdir(exist_ok=True)
+    path = run_dir / "report" / ("shared" if shared else "") / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, html.encode("utf-8"))
+    return path
+
+
+def _without_small_groups(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out strata whose error is that of a handful of persons."""
+    return {
+        key: {name: found for name, found in value.items() if found["mae"]["n"] >= MIN_PERSONS}
+        if key.startswith("by_")
+        else value
+        for key, value in metrics.items()
+    }
+
+
+def write_shared_metrics(run_dir: Path) -> Path:
+    """Write ``report/shared/metrics.json``: what metrics.json holds, without small groups and exact ages."""
+    metrics = _without_small_groups(json.loads((run_dir / "metrics.json").read_text("utf-8")))
+    for found in (metrics.get("counts") or {}).values():
+        found.pop("age_low", None)
+        found.pop("age_high", None)
+    path = run_dir / "report" / "shared" / "metrics.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, (json.dumps(metrics, indent=1) + "\n").encode())
     return path
 
 

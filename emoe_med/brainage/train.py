@@ -5,22 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from emoe_med.brainage.cohort import Cohort, chain_options, prepare_cohort
 from emoe_med.brainage.compare import compare_groups
 from emoe_med.brainage.evaluate import evaluate_run
-from emoe_med.brainage.report import write_report
+from emoe_med.brainage.report import write_report, write_shared_metrics
 from emoe_med.brainage.task import BrainAgeTask
-from emoe_med.config import BrainAgeConfig, dump_run
+from emoe_med.config import BrainAgeConfig, dump_run, load_run
 from emoe_med.data.manifest import Manifest
 from emoe_med.data.splits import split_warnings
-from emoe_med.errors import ConfigError, Fault
+from emoe_med.errors import CheckpointError, ConfigError, Fault
 from emoe_med.training.loop import fit
 from emoe_med.training.progress import counted
 from emoe_med.training.run_folder import replace_file
@@ -55,18 +57,26 @@ def train(
     Raises:
         EmoeError: With the exit code of what went wrong; see docs/reliability.md.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(Fault("RUN-RANKS", "this verb runs in one process; several ranks are not supported yet"))
     group = out / config.name
     run_dirs = [group / f"seed{config.training.seed}-fold{fold}" for fold in folds]
     _check_folders(run_dirs, resume)
+    _check_arm(config, group)
     chain = chain_options(config, manifest)
     if chain.mask == "head":
-        LOG.warning("note: no mask or labels in the manifest: the whole head is used, centred but not aligned")
+        LOG.warning("note: the whole head is used, centred but not aligned; masks or labels would make it a brain")
+    if config.data.spacing_mm < 2 and not torch.cuda.is_available():
+        LOG.warning("note: this is a preset for a GPU and there is none; configs/brainage/*_4mm.yaml suit a CPU")
     cohort = prepare_cohort(manifest, chain, cache_dir, jobs, counted("reading scans"))
+    digests = {fold: _digests(config, cohort, fold) for fold in folds}
+    for fold, run_dir in zip(folds, run_dirs, strict=True):
+        _check_same(run_dir, digests[fold])
     with _tracker(group, out, config, "group"):
         pass  # the parent exists from now on; its children name it
     for fold, run_dir in zip(folds, run_dirs, strict=True):
         if not (run_dir / "metrics.json").is_file():
-            _train_fold(config, cohort, out, group, run_dir, fold, resume, synthetic)
+            _train_fold(config, cohort, out, run_dir, fold, digests[fold], resume, synthetic)
     _summarise(config, out, group)
     return run_dirs
 
@@ -91,6 +101,39 @@ def _check_folders(run_dirs: list[Path], resume: bool) -> None:
     if used and not resume:
         hint = "give --resume to go on, or another --out or --set name="
         raise ConfigError(*(Fault("RUN-EXISTS", "this run folder is in use", str(d), hint=hint) for d in used))
+
+
+def _check_arm(config: BrainAgeConfig, group: Path) -> None:
+    """Refuse to mix configurations under one name: the runs of an arm differ in fold and training seed alone."""
+    for path in sorted(group.glob("seed*-fold*/config.yaml")):
+        other = load_run(path)
+        seeds_aside = {"training": other.training.model_copy(update={"seed": config.training.seed})}
+        if other.model_copy(update=seeds_aside) != config:
+            reason = f"{config.name} has runs of another configuration here"
+            raise ConfigError(Fault("RUN-OTHER", reason, str(path), hint="give --out or --set name= another value"))
+
+
+def _digests(config: BrainAgeConfig, cohort: Cohort, fold: int) -> dict[str, str]:
+    """What must be equal for a run to be gone on with, or to stand as it is."""
+    return {
+        "config": hashlib.sha256(dump_run(config).encode()).hexdigest(),
+        "manifest": cohort.manifest.sha256,
+        "chain": cohort.heads.options.digest(),
+        "fold": str(fold),
+    }
+
+
+def _check_same(run_dir: Path, digests: dict[str, str]) -> None:
+    """Refuse a run folder of another configuration, manifest or chain before anything in it is touched."""
+    path = run_dir / "environment.json"
+    before = json.loads(path.read_text()) if path.is_file() else digests
+    faults = [
+        Fault("CKPT-OTHER", f"{name} was {before.get(name)} in this run and is {now} now", str(run_dir))
+        for name, now in digests.items()
+        if before.get(name) != now
+    ]
+    if faults:
+        raise CheckpointError(*faults)
 
 
 @contextmanager
@@ -126,32 +169,26 @@ def _train_fold(
     config: BrainAgeConfig,
     cohort: Cohort,
     out: Path,
-    group: Path,
     run_dir: Path,
     fold: int,
+    digests: dict[str, str],
     resume: bool,
     synthetic: bool,
 ) -> None:
     splits = cohort.split(config, fold)
     for warning in split_warnings(cohort.manifest.scans, splits):
         LOG.warning("note: %s", warning)
-    chain = cohort.heads.options.contract()
-    digests = {
-        "config": hashlib.sha256(dump_run(config).encode()).hexdigest(),
-        "manifest": cohort.manifest.sha256,
-        "chain": chain["digest"],
-        "fold": str(fold),
-    }
     where = {name: np.flatnonzero(splits["split"] == name).tolist() for name in ("train", "val")}
     meta = {
-        "chain": chain,
+        "chain": cohort.heads.options.contract(),
         "manifest": cohort.manifest.sha256,
         "similarity": _similarity(cohort, where["train"]),
+        "seen": sorted(cohort.readings[index].content for index in where["train"] + where["val"]),
         "synthetic": synthetic,
     }
     task = BrainAgeTask(config, cohort.heads, where["train"], where["val"], digests, meta)
     name = f"{config.name}-seed{config.training.seed}-fold{fold}"
-    with _tracker(run_dir, out, config, name, parent=group) as tracker:
+    with _tracker(run_dir, out, config, name, parent=run_dir.parent) as tracker:
         replace_file(run_dir / "config.yaml", dump_run(config).encode())
         replace_file(run_dir / "splits.csv", splits.to_csv(index=False).encode())
         tracker.params(_flat(config.model_dump(mode="json")))
@@ -159,15 +196,15 @@ def _train_fold(
         result = fit(task, config.training, run_dir, tracker, resume)
         metrics = evaluate_run(run_dir, cohort, splits)
         tracker.metrics(result.step, headline(metrics))
-        report = write_report(run_dir)
-        tracker.log_artifact(report, "report")
-        tracker.log_artifact(run_dir / "metrics.json", "metrics")
+        write_report(run_dir)
+        tracker.log_artifact(write_report(run_dir, shared=True), "report")
+        tracker.log_artifact(write_shared_metrics(run_dir), "metrics")
         LOG.info("fold %d: test MAE %.2f years", fold, metrics["test"]["mae"]["value"])
 
 
 def _similarity(cohort: Cohort, indices: list[int]) -> dict[str, float | None]:
     """Lowest and median similarity of the training scans with the template; None where none was aligned."""
-    values = [float(cohort.heads[index]["similarity"]) for index in indices]
+    values = [cohort.readings[index].similarity for index in indices]
     if not np.isfinite(values).all():
         return {"low": None, "median": None}
     return {"low": float(np.min(values)), "median": float(np.median(values))}

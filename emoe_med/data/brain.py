@@ -112,7 +112,8 @@ class BrainToBoxd(MapTransform):
             # the mean of a head in air lies between the two; what the scalp encloses is head, dark or not
             mask = ndimage.binary_fill_holes(voxels > voxels.mean())
         elif given is None:
-            raise VolumeError(Fault("VOL-MASK", "no mask or labels for a model of masked brains"))
+            hint = "give a manifest with a mask or labels column, or put <name>_mask.nii.gz beside the head"
+            raise VolumeError(Fault("VOL-MASK", "no mask or labels for a model of masked brains", hint=hint))
         else:
             mask_affine = np.asarray(given.affine)
             same_grid = given.shape[1:] == voxels.shape and np.allclose(mask_affine, affine, atol=1e-3)

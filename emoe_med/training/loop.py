@@ -62,7 +62,7 @@ def fit(task: Task, config: TrainingConfig, run_dir: Path, tracker: Tracker, res
     ):
         with memory_told(machine.device, lambda: "building the model"):
             trainer = Trainer(task, config, machine, tracker)
-        with memory_told(machine.device, trainer.describe_batch):
+        with trainer, memory_told(machine.device, trainer.describe_batch):
             keeper = Keeper(trainer, run_dir, config.checkpoint_minutes)
             keeper.begin(resume)
             while trainer.position.epoch < config.epochs:

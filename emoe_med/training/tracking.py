@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -295,7 +296,7 @@ def _prepare_database(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with outbox.only_one(path.parent):
         if not path.exists():
-            temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-            temporary.unlink(missing_ok=True)
-            SqlAlchemyStore(f"sqlite:///{temporary}", "mlflow-artifacts:/")._dispose_engine()
-            os.replace(temporary, path)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as folder:
+                made = Path(folder, path.name)
+                SqlAlchemyStore(f"sqlite:///{made}", "mlflow-artifacts:/")._dispose_engine()
+                os.replace(made, path)

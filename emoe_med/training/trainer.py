@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +66,19 @@ class Trainer:
         if config.ema_decay is not None:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.optimizer = optim.build_optimizer(model, config.lr, config.weight_decay)
-        self._ranked = DistributedDataParallel(model) if ranks > 1 else model
+        self._ranked: nn.Module = DistributedDataParallel(model) if ranks > 1 else model
         self.position = Position()
         self._shapes = "none yet"
         self._pace = (0.0, 0)  # start of the epoch in this session, samples since
         runtime.seed_rank(config.seed, machine.rank)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # an error's traceback keeps the trainer: torch then took the wrapper apart after the group of ranks,
+        # as the process ended, and hung there now and then
+        self._ranked = self.model
 
     @property
     def served(self) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -136,9 +137,11 @@ def test_evaluate_again_gives_the_same_figures(trained):
     assert "mae" in shown
 
 
-def test_evaluate_elsewhere_refuses_the_manifest_of_the_training(trained, cohort, tmp_path):
+def test_evaluate_elsewhere_refuses_what_the_run_has_seen(trained, cohort, tmp_path):
     run_dir = trained / "tiny_cnn" / "seed0-fold0"
-    assert "EVAL-SEEN" in run("evaluate", "--run", run_dir, "--manifest", cohort, code=3).output
+    refused = run("evaluate", "--run", run_dir, "--manifest", cohort, code=3).output
+    splits = pd.read_csv(run_dir / "splits.csv")["split"]
+    assert refused.count("EVAL-SEEN") == (splits != "test").sum()
     other = write_cohort(tmp_path / "other", persons=6, seed=9, spacing_mm=8.0)
     run("evaluate", "--run", run_dir, "--manifest", other)
     (metrics,) = run_dir.glob("evaluations/*/metrics.json")
@@ -171,6 +174,34 @@ def test_predict_gives_a_row_for_every_scan(trained, cohort, tmp_path):
     assert "VOL-" in found.loc[3, "reason"]
 
 
+def test_predict_on_a_folder_finds_the_masks_beside_the_heads(trained, cohort, tmp_path):
+    scans = pd.read_csv(cohort).head(2)
+    for scan in scans.itertuples():
+        name = Path(scan.image).name
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes((cohort.parent / scan.image).read_bytes())
+        mask = name.replace("_T1w", "_desc-brain_mask")
+        (tmp_path / "in" / mask).write_bytes((cohort.parent / scan.mask).read_bytes())
+    run_dir = trained / "tiny_emoe" / "seed0-fold0"
+    run("predict", "--run", run_dir, "-i", tmp_path / "in", "-o", tmp_path / "ages.csv")
+    found = pd.read_csv(tmp_path / "ages.csv")
+    assert found["status"].tolist() == ["ok", "ok"]
+    assert found["participant_id"].tolist() == scans["participant_id"].tolist()
+
+
+def test_a_resume_with_another_configuration_or_manifest_touches_nothing(trained, cohort, tmp_path):
+    config = trained / "tiny_emoe.yaml"
+    run_dir = trained / "tiny_emoe" / "seed0-fold0"
+    before = (run_dir / "config.yaml").read_text()
+    start = ("train", "--manifest", cohort, "--config", config, "--out", trained, "--fold", "0", "--resume")
+    assert "RUN-OTHER" in run(*start, "--set", "training.epochs=9", code=2).output
+    other = tmp_path / "other.csv"
+    other.write_text(cohort.read_text() + "\n")
+    changed = ("--manifest", other, "--data-root", cohort.parent)
+    assert "manifest was" in run(*start[:1], *changed, *start[3:], code=4).output
+    assert (run_dir / "config.yaml").read_text() == before
+
+
 def test_predict_agrees_with_the_evaluation(trained, cohort, tmp_path):
     run_dir = trained / "tiny_emoe" / "seed0-fold0"
     output = tmp_path / "ages.csv"
@@ -183,10 +214,36 @@ def test_predict_agrees_with_the_evaluation(trained, cohort, tmp_path):
 
 def test_compare_shows_paired_differences(trained):
     shown = run("compare", trained / "tiny_cnn", trained / "tiny_emoe").output
-    assert "| tiny_emoe | 1 |" in shown
-    assert "difference" in shown
+    assert "| tiny_emoe |" in shown
+    assert "needs 3 seeds" in shown
     result = json.loads(run("compare", trained / "tiny_cnn", trained / "tiny_emoe", "--json").output)
     assert result["tiny_emoe"]["difference"]["n"] == result["tiny_cnn"]["mae"]["n"]
+
+
+def test_compare_refuses_arms_that_saw_other_scans(trained, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained / "tiny_cnn", copy)
+    splits = copy / "seed0-fold0" / "splits.csv"
+    splits.write_text(splits.read_text().replace("train", "val", 1))
+    assert "another splits" in run("compare", trained / "tiny_emoe", copy, code=3).output
+
+
+def test_what_is_tracked_shows_no_single_person(trained):
+    for page in (trained / "mlartifacts").rglob("report.html"):
+        assert "predicted age, years" not in page.read_text()
+        assert "<img" not in page.read_text().split("By age")[0]
+    for path in (trained / "mlartifacts").rglob("metrics.json"):
+        metrics = json.loads(path.read_text())
+        groups = [found["mae"]["n"] for key in ("by_age", "by_sex", "by_site") for found in metrics[key].values()]
+        assert all(n >= 5 for n in groups)
+        assert "age_low" not in metrics["counts"]["test"]
+
+
+def test_the_demo_leaves_other_folders_alone(tmp_path):
+    (tmp_path / "cohort").mkdir()
+    (tmp_path / "cohort" / "mine.txt").write_text("mine")
+    assert "DEMO-FOLDER" in run("demo", "--out", tmp_path, code=2).output
+    assert (tmp_path / "cohort" / "mine.txt").is_file()
 
 
 def test_runs_are_nested_in_mlflow_and_finished(trained):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 
 from emoe_med.errors import ConfigError, Interrupted
 from emoe_med.training import outbox, store
@@ -314,6 +315,15 @@ def test_a_dead_server_costs_a_run_nothing(tmp_path):
     assert steps_in(tmp_path) == list(range(1, 21))
     with pytest.raises(ConfigError, match="MLflow did not take the record"):
         sync(tmp_path)
+
+
+def test_a_full_disk_at_the_store_costs_a_run_nothing(tmp_path, caplog):
+    with small_disk(tmp_path / "disk", 100) as disk:  # a store takes some 800 kB
+        with Tracker(tmp_path / "run", out=disk) as tracker:
+            record(tracker, 5)
+        assert list(disk.iterdir()) == []
+    assert steps_in(tmp_path / "run") == [1, 2, 3, 4, 5]
+    assert "MLflow lacks the end of this run" in caplog.text
 
 
 class Shaky:

@@ -104,12 +104,22 @@ class TrackedBasis(nn.Module):
         """Return the top-R eigenvectors [D, R] of the tracked covariance, largest first."""
         return torch.linalg.eigh(self.covariance).eigenvectors.flip(-1)[:, : self.basis.shape[1]]
 
-    def captured_variance(self) -> float:
-        """Return tr(U^T C U) over the most that any rank-R basis can capture; 1 is exact."""
-        best = torch.linalg.eigvalsh(self.covariance)[-self.basis.shape[1] :].sum()
-        held = torch.trace(self.basis.T @ self.covariance @ self.basis)
-        return float(held / best) if best > 0 else 0.0
+    def judge(self, directions: Tensor) -> dict[str, float]:
+        """Compare orthonormal directions [D, R] with the exact eigenvectors of the tracked covariance.
 
-    def alignment(self) -> float:
-        """Return the mean squared cosine between each column and its exact eigenvector; R/D by chance."""
-        return float((self.basis * self.exact()).sum(0).square().mean())
+        Returns:
+            captured_variance: tr(V^T C V) over the most that any R directions can capture; 1 is exact.
+            subspace_overlap: ||V^T E||_F^2 / R, 1 for the same subspace, R/D by chance.
+            alignment: mean over eigenvectors of the largest squared cosine with a direction.
+            orthonormality_error: ||V^T V - I||_F.
+        """
+        directions, exact = directions.float(), self.exact()
+        held = torch.trace(directions.T @ self.covariance @ directions)
+        best = torch.trace(exact.T @ self.covariance @ exact).clamp_min(1e-12)
+        cosines = (directions.T @ exact).square()
+        return {
+            "captured_variance": float(held / best),
+            "subspace_overlap": float(cosines.sum() / directions.shape[1]),
+            "alignment": float(cosines.max(0).values.mean()),
+            "orthonormality_error": float(orthonormality_error(directions)),
+        }

@@ -124,14 +124,4 @@ class EigenRouter(Router):
     @torch.no_grad()
     def health(self) -> dict[str, float]:
         """Tell whether the basis is what its name says: captured variance, alignment, orthonormality."""
-        basis = self.basis().float()
-        exact = self.tracked.exact()
-        covariance = self.tracked.covariance
-        held = torch.trace(basis.T @ covariance @ basis)
-        best = torch.trace(exact.T @ covariance @ exact).clamp_min(1e-12)
-        return {
-            "captured_variance": float(held / best),
-            "alignment": float((basis.T @ exact).square().max(0).values.mean()),
-            "subspace_overlap": float((basis.T @ exact).square().sum() / basis.shape[1]),
-            "orthonormality_error": float(orthonormality_error(basis)),
-        }
+        return self.tracked.judge(self.basis())

@@ -89,10 +89,10 @@ def test_killed_at_random_moments_all_is_equal_to_the_bit(folder, uninterrupted,
         if child.poll() is None:
             child.kill()
             kills += 1
-        child.communicate(timeout=600)
+        _, message = child.communicate(timeout=600)
         if child.returncode == 0:
             break
-        assert child.returncode == -signal.SIGKILL
+        assert child.returncode == -signal.SIGKILL, message
     else:
         child = start(folder)
         child.communicate(timeout=600)

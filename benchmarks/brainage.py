@@ -25,7 +25,7 @@ from emoe_med.brainage.inference import TrainedModel
 from emoe_med.brainage.net import BrainAgeNet
 from emoe_med.brainage.task import BrainAgeTask
 from emoe_med.config import BrainAgeConfig, load_run
-from emoe_med.data.brain import HeadDataset
+from emoe_med.data.cache import HeadDataset
 from emoe_med.data.manifest import read_manifest
 from emoe_med.training.optim import build_optimizer
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 from emoe_med.config import BrainAgeConfig
-from emoe_med.data.brain import ChainOptions, HeadDataset, Reading
+from emoe_med.data.brain import ChainOptions
+from emoe_med.data.cache import HeadDataset, Reading
 from emoe_med.data.manifest import Manifest
 from emoe_med.data.scan import person_key
 from emoe_med.data.splits import assign_splits

@@ -15,7 +15,8 @@ from torch import Tensor
 from emoe_med.brainage.net import BrainAgeNet
 from emoe_med.config import BrainAgeConfig, load_run
 from emoe_med.data.augment import phases, to_model_grid
-from emoe_med.data.brain import ChainOptions, HeadDataset
+from emoe_med.data.brain import ChainOptions
+from emoe_med.data.cache import HeadDataset
 from emoe_med.errors import CheckpointError, Fault, VolumeError
 from emoe_med.models.heads import TrainingAges
 from emoe_med.models.sfcn import ModelOutput

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from emoe_med.brainage.inference import TrainedModel, predict_scans
-from emoe_med.data.brain import HeadDataset
+from emoe_med.data.cache import HeadDataset
 from emoe_med.data.manifest import Scan, inspect_manifest
 from emoe_med.data.scan import identity_from_path
 from emoe_med.errors import DataError, Fault

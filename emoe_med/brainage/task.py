@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 from emoe_med.brainage.net import BrainAgeNet
 from emoe_med.config import BrainAgeConfig
 from emoe_med.data.augment import AugmentOptions, augment, to_model_grid
-from emoe_med.data.brain import HeadDataset
+from emoe_med.data.cache import HeadDataset
 from emoe_med.data.memory import Held
 from emoe_med.models.heads import TrainingAges
 from emoe_med.moe import RoutingStats

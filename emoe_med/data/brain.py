@@ -1,7 +1,7 @@
-"""From a scan on disk to the tensor that a network sees: the deterministic chain and its cache.
+"""From a scan on disk to the tensor that a network sees: the deterministic chain.
 
-strict read -> RAS -> brain mask -> affine to the template (or centring) -> area resampling -> intensity, then
-a cache entry keyed by the content of the files and by the chain. Nothing random happens here.
+strict read -> RAS -> brain mask -> affine to the template (or centring) -> area resampling -> intensity.
+Nothing random happens here.
 """
 
 from __future__ import annotations
@@ -9,25 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from monai.data import MetaTensor, PersistentDataset
+from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, MapTransform, Transform
 from scipy import ndimage
-from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
-from emoe_med.data.manifest import Scan
 from emoe_med.data.register import align_affine, box_grid, resample
-from emoe_med.data.volume import StrictReader, file_digest
+from emoe_med.data.volume import StrictReader
 from emoe_med.errors import Fault, VolumeError
 
 LOG = logging.getLogger("emoe_med")
@@ -159,10 +153,11 @@ class ToCacheEntry(Transform):
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Return what goes to disk."""
         entry = {**data, "image": data["image"].half()}
-        return {**entry, "digest": _digest(entry)}
+        return {**entry, "digest": entry_digest(entry)}
 
 
-def _digest(entry: Mapping[str, Any]) -> str:
+def entry_digest(entry: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the tensors of a cache entry."""
     digest = hashlib.sha256()
     for name in ("image", "similarity", "matrix"):
         digest.update(entry[name].contiguous().numpy().tobytes())
@@ -173,149 +168,3 @@ def make_chain(options: ChainOptions) -> Compose:
     """Compose the deterministic chain for items {"image": path, "mask": path (optional)}."""
     load = LoadImaged(keys=["image", "mask"], reader=StrictReader, ensure_channel_first=True, allow_missing_keys=True)
     return Compose([load, BrainToBoxd(options), ToCacheEntry()])
-
-
-class FileDigests:
-    """SHA-256 of files, remembered by path, size and time stamp so that a start does not read 50,000 files.
-
-    The memory file names no path: its keys are digests of path, size and time stamp.
-    """
-
-    def __init__(self, memory: Path) -> None:
-        self.memory = memory
-        self.known: dict[str, str] = {}
-        self.recall()
-
-    def recall(self) -> None:
-        """Take over what other processes wrote into the memory; a half-written line is left out."""
-        if self.memory.is_file():
-            for line in self.memory.read_text().splitlines():
-                key, _, digest = line.partition(" ")
-                if len(key) == len(digest) == 64:
-                    self.known[key] = digest
-
-    def of(self, path: Path) -> str:
-        """Return the SHA-256 of a file's bytes."""
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise VolumeError(Fault("VOL-MISSING", error.strerror or "cannot be read", str(path))) from error
-        stamp = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        key = hashlib.sha256(stamp.encode()).hexdigest()
-        if key not in self.known:
-            self.known[key] = file_digest(path)
-            with self.memory.open("a") as memory:
-                memory.write(f"{key} {self.known[key]}\n")
-        return self.known[key]
-
-
-class HeadDataset(PersistentDataset):
-    """Volumes of scans in the model's space, through the cache, with age and row joined afterwards.
-
-    `dataset[i]` gives image [1, X, Y, Z] float16, similarity [] float32, age [] float32 in years (NaN where
-    unknown), weight [] float32 and row [] int64. The cache is keyed by the content of image and mask and by the
-    chain; an entry whose digest is wrong is removed and made anew.
-
-    Raises:
-        VolumeError: From `dataset[i]`, with the manifest row, where the scan cannot be used.
-    """
-
-    def __init__(self, scans: Sequence[Scan], options: ChainOptions, cache_dir: Path) -> None:
-        folder = cache_dir / f"{options.digest()}-v{CHAIN_VERSION}"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.scans = scans
-        self.options = options
-        self.folder = folder
-        self.digests = FileDigests(cache_dir / "file-digests.txt")
-        items = [self._item(scan) for scan in scans]
-        super().__init__(items, make_chain(options), folder, hash_func=self._key, weights_only=True)
-
-    def _item(self, scan: Scan) -> dict[str, str]:
-        mask = scan.mask or scan.labels
-        if mask is None or self.options.mask == "head":
-            return {"image": str(scan.image)}
-        return {"image": str(scan.image), "mask": str(mask)}
-
-    def _key(self, item: Mapping[str, str]) -> bytes:
-        digests = [self.digests.of(Path(path)) for path in item.values()]
-        return hashlib.sha256("".join(digests).encode()).hexdigest().encode()
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:  # ty: ignore[incompatible-method-override]
-        """Return one scan in the model's space."""
-        scan, entry = self.scans[index], self.entry(index)
-        return {
-            "image": entry["image"],
-            "similarity": entry["similarity"].float(),
-            "age": torch.tensor(float("nan") if scan.age is None else scan.age, dtype=torch.float32),
-            "weight": torch.tensor(scan.weight, dtype=torch.float32),
-            "row": torch.tensor(scan.row),
-        }
-
-    def entry(self, index: int) -> dict[str, Any]:
-        """Return the cache entry of a scan: image, similarity, matrix and digest."""
-        try:
-            return self._checked(self.data[index])
-        except Exception as error:
-            raise self._with_row(error, self.scans[index]) from error
-
-    def _checked(self, item: dict[str, str]) -> dict[str, Any]:
-        """Return the cache entry of an item, made anew where it is missing, unreadable or damaged."""
-        file = self.folder / f"{self._key(item).decode()}.pt"
-        if file.is_file():
-            try:
-                entry = torch.load(file, weights_only=True)
-                if entry["digest"] == _digest(entry):
-                    return entry
-            except Exception:  # torch.load has no one error for damaged files
-                LOG.debug("cache entry cannot be read: %s", file.name)
-            file.unlink(missing_ok=True)
-        return self._cachecheck(item)
-
-    @staticmethod
-    def _with_row(error: BaseException, scan: Scan) -> BaseException:
-        """Find the refusal inside MONAI's wrapping errors and add row and file."""
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, VolumeError):
-            cause = cause.__cause__
-        if cause is None:
-            return error
-        faults = [replace(f, row=scan.row, file=f.file or str(scan.image)) for f in cause.faults]
-        return VolumeError(*faults)
-
-    def build(self, jobs: int = 0, progress: Callable[[Collection], Iterator] = iter) -> list[Reading]:
-        """Fill the cache for all scans and tell of each, in their order, whether it can be used.
-
-        Args:
-            jobs: worker processes; 0 works in this one.
-            progress: wraps the finished scans, e.g. for a progress bar.
-        """
-        attempts = DataLoader(_Readings(self), batch_size=None, num_workers=jobs)
-        readings = [reading for _, reading in zip(progress(range(len(self))), attempts, strict=True)]
-        self.digests.recall()
-        return readings
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One scan as it was read: why it cannot be used, or the digest of its content and its similarity."""
-
-    fault: Fault | None
-    content: str = ""  # equal for one image under two names
-    similarity: float = math.nan
-
-
-class _Readings(TorchDataset):
-    """Read each scan of a dataset."""
-
-    def __init__(self, heads: HeadDataset) -> None:
-        self.heads = heads
-
-    def __len__(self) -> int:
-        return len(self.heads)
-
-    def __getitem__(self, index: int) -> Reading:
-        try:
-            entry = self.heads.entry(index)
-        except VolumeError as error:
-            return Reading(error.faults[0])
-        return Reading(None, entry["digest"], float(entry["similarity"]))

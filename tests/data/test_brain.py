@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from emoe_med.data.brain import ChainOptions, FileDigests, HeadDataset
+from emoe_med.data.brain import ChainOptions
+from emoe_med.data.cache import FileDigests, HeadDataset
 from emoe_med.data.manifest import Scan
 from emoe_med.data.register import box_grid
 from emoe_med.data.volume import write_volume
@@ -170,7 +171,7 @@ def test_damaged_entries_are_never_served(tmp_path):
 def test_a_second_start_reads_no_file(tmp_path, monkeypatch):
     scan = write_scan(tmp_path)
     HeadDataset([scan], CENTRED, tmp_path / "cache")[0]
-    monkeypatch.setattr("emoe_med.data.brain.file_digest", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("emoe_med.data.cache.file_digest", lambda path: pytest.fail("read again"))
     HeadDataset([scan], CENTRED, tmp_path / "cache")[0]
     memory = (tmp_path / "cache" / "file-digests.txt").read_text()
     assert "a_T1w" not in memory

@@ -13,7 +13,8 @@ from collections.abc import Collection, Mapping
 # four digits in a row would let a participant number pass as a part of a name
 _PART = r"(?!\w*\d{4})[a-z][a-z0-9_]{0,39}"
 METRIC = re.compile(rf"(train|val|test|expert|router|map|table|system)(/(E\d{{2,3}}|L\d{{1,3}}|{_PART})){{1,4}}")
-PARAM = re.compile(rf"{_PART}(\.{_PART}){{0,6}}")
+# keys of a configuration have a section; a bare word could be anything, a person among them
+PARAM = re.compile(rf"{_PART}(\.{_PART}){{1,6}}")
 LABEL = re.compile(r"(?!.*\d{4})[A-Za-z][A-Za-z0-9_=.-]{0,79}")  # experiment and run names, chosen by the program
 FILE = re.compile(r"(?!sub-)[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 DIGEST = re.compile(r"[0-9a-f]{40}\+?|[0-9a-f]{64}")
@@ -56,9 +57,11 @@ def settings(values: Mapping[str, object], words: Collection[str]) -> tuple[dict
     kept: dict[str, str] = {}
     refused = []
     for name, value in values.items():
+        if _PLACES.fullmatch(name.rpartition(".")[2]) is not None:
+            continue
         if PARAM.fullmatch(name) is None:
             refused.append(name)
-        elif _PLACES.fullmatch(name.rpartition(".")[2]) is None and _plain(value, words):
+        elif _plain(value, words):
             kept[name] = str(value)
     return kept, refused
 

@@ -16,7 +16,8 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,17 +110,16 @@ class CheckpointFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our number
-            try:
-                self._write(temporary, model, optim, state)
-                self._rename(temporary, target)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            self._write(temporary, model, optim, state)
+            self._rename(temporary, target)
             if best:
                 self._point("best", target.name)
             self._point("last", target.name)
             self._prune()
         except OSError as error:
             raise storage_error(error, self.path, "checkpoint could not be written") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         return target
 
     def _write(self, folder: Path, model: Tensors, optim: Tensors, state: Mapping[str, Any]) -> None:
@@ -147,11 +147,11 @@ class CheckpointFolder:
             # saved before and after validation: the tensors are in place, the position alone is replaced
             os.replace(temporary / "state.json", target / "state.json")
             sync_folder(target)
-            return
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(temporary, target)
-        sync_folder(self.path)
+        else:
+            if target.exists():  # damaged: were it whole, it would hold these very tensors
+                shutil.rmtree(target)
+            os.rename(temporary, target)
+            sync_folder(self.path)
 
     def _prune(self) -> None:
         kept = {folder.name for which in ("best", "last") if (folder := self.pointed(which))}
@@ -174,17 +174,14 @@ class CheckpointFolder:
             other = self._newest_whole()
             if other is None:
                 raise
-            fault = error.faults[0]
             hint = f"{other.name} is whole: write its name into the file `{which}` to go on from there"
-            raise CheckpointError(Fault(fault.code, fault.reason, fault.file, hint=hint)) from error
+            raise CheckpointError(replace(error.faults[0], hint=hint)) from error
 
     def _newest_whole(self) -> Path | None:
         for folder in sorted(self.path.glob("step-*"), reverse=True):
-            try:
+            with suppress(CheckpointError):
                 _verify(folder)
-            except CheckpointError:
-                continue
-            return folder
+                return folder
         return None
 
 
@@ -249,9 +246,8 @@ def _load(folder: Path, *names: str) -> tuple[dict[str, Any], dict[str, dict[str
 
 def _serialise(tensors: Tensors) -> bytes:
     # clones: safetensors refuses tied weights, and the model goes on changing
-    return to_safetensors(
-        {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    )
+    copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    return to_safetensors(copies)
 
 
 def _digest(data: bytes) -> str:
@@ -295,10 +291,9 @@ def _verify(folder: Path, *names: str) -> tuple[dict[str, Any], dict[str, bytes]
 
 
 def _same_tensors(one: Path, other: Path) -> bool:
-    try:
+    with suppress(CheckpointError):
         return _verify(one)[0]["files"] == _verify(other)[0]["files"]
-    except CheckpointError:
-        return False
+    return False
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:

@@ -17,7 +17,7 @@ from emoe_med.training.checkpoint import (
     Which,
     check_tensors,
 )
-from emoe_med.training.run_folder import write_environment
+from emoe_med.training.run_folder import storage_error, write_environment
 from emoe_med.training.trainer import Position, Trainer
 
 LOG = logging.getLogger("emoe_med")
@@ -54,7 +54,10 @@ class Keeper:
         if self.machine.first:
             best = self.trainer.position.best
             last = None if checkpoint is None else checkpoint.folder
-            self.checkpoints.tidy(last, None if best is None else best["step"])
+            try:
+                self.checkpoints.tidy(last, None if best is None else best["step"])
+            except OSError as error:
+                raise storage_error(error, self.checkpoints.path, "checkpoints could not be tidied") from error
             facts = {"seed": self.trainer.config.seed, "precision": self.trainer.config.precision}
             write_environment(self.run_dir, self.machine.device, {**facts, **self._digests()})
         self.tracker.note("start", step=self.trainer.position.step)

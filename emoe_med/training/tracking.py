@@ -70,10 +70,9 @@ class Tracker:
         self._parent = parent
         self._active = os.environ.get("RANK", "0") == "0"
         self._warned: set[str] = set()
-        self._sender: outbox.Sender | None = None
+        self._sender = None
         if self._active and self.uri != store.NOWHERE:
-            wait = LAST_WAIT_S[urlsplit(self.uri).scheme]
-            self._sender = outbox.Sender(run_dir, lambda: MlflowStore(self.uri), wait)
+            self._sender = outbox.Sender(run_dir, lambda: MlflowStore(self.uri), LAST_WAIT_S[urlsplit(self.uri).scheme])
 
     def __enter__(self) -> Self:
         if self._active:
@@ -193,8 +192,8 @@ def sync(run_dir: Path, uri: str | None = None, allow_remote: bool = False) -> i
     except ModuleNotFoundError as error:
         raise ConfigError(Fault("TRACK-MLFLOW", "mlflow is not installed")) from error
     except Exception as error:
-        hint = "start the server and sync again"
-        raise ConfigError(Fault("TRACK-DOWN", f"MLflow did not take the record: {error}", hint=hint)) from error
+        reason = "MLflow did not take the record: " + str(error).partition("\n")[0]
+        raise ConfigError(Fault("TRACK-DOWN", reason, hint="start the server and sync again")) from error
 
 
 class MlflowStore:
@@ -257,8 +256,7 @@ class MlflowStore:
 
     def tags(self, run_id: str, values: Mapping[str, str]) -> None:
         """Set tags."""
-        tags = [self._entities.RunTag(name, value) for name, value in values.items()]
-        self._client.log_batch(run_id, tags=tags)
+        self._client.log_batch(run_id, tags=[self._entities.RunTag(name, value) for name, value in values.items()])
 
     def status(self, run_id: str, status: str, at: int) -> None:
         """Set the status; all but RUNNING end the run."""

@@ -420,6 +420,15 @@ def test_a_checkpoint_of_another_model_is_refused_whole(tmp_path):
         train(tmp_path, options=replace(OPTIONS, ema_decay=None), resume=True)
 
 
+def test_a_pointer_that_cannot_be_set_right_is_code_6(tmp_path):
+    with pytest.raises(Interrupted):
+        train(tmp_path, Signalled(2))
+    (tmp_path / "checkpoints" / "best").mkdir()
+    with pytest.raises(StorageError, match="checkpoints could not be tidied") as caught:
+        train(tmp_path, resume=True)
+    assert caught.value.exit_code == 6
+
+
 def test_a_folder_removed_in_mid_run_is_code_6(tmp_path):
     class Gone(ToyTask):
         def end_of_epoch(self, model):

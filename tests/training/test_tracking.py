@@ -317,6 +317,15 @@ def test_a_dead_server_costs_a_run_nothing(tmp_path):
         sync(tmp_path)
 
 
+def test_a_store_that_is_none_is_told_in_one_line(tmp_path):
+    with Tracker(tmp_path / "run", uri="none"):
+        pass
+    (tmp_path / "notes.db").write_text("no database" * 1000)
+    with pytest.raises(ConfigError, match="not a database") as caught:
+        sync(tmp_path / "run", f"sqlite:///{tmp_path}/notes.db")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_full_disk_at_the_store_costs_a_run_nothing(tmp_path, caplog):
     with small_disk(tmp_path / "disk", 100) as disk:  # a store takes some 800 kB
         with Tracker(tmp_path / "run", out=disk) as tracker:

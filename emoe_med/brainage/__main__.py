@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -91,12 +91,19 @@ def _show_runs(run_dirs: list[Path], out: Path, as_json: bool) -> None:
 def evaluate(
     run: RunOption,
     manifest: Annotated[Path | None, typer.Option("--manifest", help="score other scans with ages")] = None,
+    bias: Annotated[
+        Literal["beheshti", "cole"],
+        typer.Option("--bias", help="correction of age bias, beside the raw figures; beheshti needs the age"),
+    ] = "beheshti",
     data_root: RootOption = None,
     cache: Annotated[Path | None, typer.Option("--cache", help="volumes in the model's space; RUN/../../cache")] = None,
     jobs: JobsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a run again from its predictions, or on the scans of another manifest.
+    """Score a run again from its predictions and renew its report, or score the scans of another manifest.
+
+    The correction is fitted on validation persons; `predict` applies the one that was last used here. MLflow keeps
+    what training sent.
 
     Example: python -m emoe_med.brainage evaluate --run runs/emoe_4mm/seed0-fold0 --manifest other.csv
     """
@@ -104,10 +111,10 @@ def evaluate(
     from emoe_med.data.manifest import read_manifest
 
     if manifest is None:
-        metrics, where = verbs.score_again(run), run / "metrics.json"
+        metrics, where = verbs.score_again(run, bias), run / "metrics.json"
     else:
         table = read_manifest(manifest, data_root)
-        metrics, where = verbs.evaluate_elsewhere(run, table, cache or run.parent.parent / "cache", jobs)
+        metrics, where = verbs.evaluate_elsewhere(run, table, cache or run.parent.parent / "cache", jobs, bias)
     if as_json:
         say(json.dumps(metrics, indent=1))
         return

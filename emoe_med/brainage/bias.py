@@ -74,7 +74,7 @@ class AgeBias:
         else:
             corrected = predicted_age - (self.alpha * age + self.beta)
             checked = age
-        return corrected, (checked >= self.age_low) & (checked <= self.age_high)
+        return corrected, (checked >= self.age_low) & (checked <= self.age_high) & np.isfinite(corrected)
 
 
 def fit_age_bias(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from emoe_med.brainage.bias import AgeBias, fit_age_bias
+from emoe_med.brainage.bias import AgeBias, Method, fit_age_bias
 from emoe_med.brainage.cohort import Cohort, prepare_cohort
 from emoe_med.brainage.comparison import paired_difference
 from emoe_med.brainage.inference import (
@@ -22,6 +22,7 @@ from emoe_med.brainage.inference import (
     without_branch,
 )
 from emoe_med.brainage.metrics import Bootstrap, evaluate
+from emoe_med.brainage.report import write_report, write_shared_metrics
 from emoe_med.data.manifest import Manifest
 from emoe_med.errors import DataError, Fault
 from emoe_med.moe import RoutingStats
@@ -57,9 +58,9 @@ def evaluate_run(run_dir: Path, cohort: Cohort, splits: pd.DataFrame) -> dict[st
     return metrics
 
 
-def _score(tables: dict[str, pd.DataFrame], model: TrainedModel) -> dict[str, Any]:
+def _score(tables: dict[str, pd.DataFrame], model: TrainedModel, method: Method = "beheshti") -> dict[str, Any]:
     """Fit the bias on `val`, add brain_pad and the corrected age to the tables in place, and score `test`."""
-    bias = fitted_bias(tables["val"])
+    bias = fitted_bias(tables["val"], method)
     for name, table in tables.items():
         tables[name] = with_correction(table, bias)
     metrics = evaluate(
@@ -74,31 +75,46 @@ def _score(tables: dict[str, pd.DataFrame], model: TrainedModel) -> dict[str, An
     return metrics | {"synthetic": model.contract["synthetic"], "data": data | {"space": chain["space"]}}
 
 
-def score_again(run_dir: Path) -> dict[str, Any]:
-    """Make metrics.json anew from the predictions of a run; no scan is touched.
+def score_again(run_dir: Path, method: Method = "beheshti") -> dict[str, Any]:
+    """Make metrics.json, corrected ages and report anew from the predictions of a run; no scan is touched.
 
     Raises:
         CheckpointError: The run has no usable checkpoint.
-        DataError: The run has no predictions.
+        DataError: The run was not finished, or ``method`` cannot correct it.
     """
     model = TrainedModel.load(run_dir)
-    metrics = _score({name: read_predictions(run_dir, name) for name in ("val", "test")}, model)
-    before = json.loads((run_dir / "metrics.json").read_text())
+    tables = {name: read_predictions(run_dir, name) for name in ("val", "test")}
+    path = run_dir / "metrics.json"
+    if not path.is_file():
+        hint = "finish the run by `train --resume`"
+        raise DataError(Fault("RUN-METRICS", "this run was not evaluated to its end", str(path), hint=hint))
+    metrics = _score(tables, model, method)
+    before = json.loads(path.read_text())
     if "routing" in before:
         metrics["routing"] = before["routing"]
+    write_predictions(run_dir / "predictions", tables)
     write_metrics(run_dir, metrics)
+    write_reports(run_dir)
     return metrics
 
 
+def write_reports(run_dir: Path) -> tuple[Path, Path]:
+    """Write the report of an evaluated run, and return the page and the figures of it that may be shared."""
+    write_report(run_dir)
+    return write_report(run_dir, shared=True), write_shared_metrics(run_dir)
+
+
 def evaluate_elsewhere(
-    run_dir: Path, manifest: Manifest, cache_dir: Path, jobs: int = 0
+    run_dir: Path, manifest: Manifest, cache_dir: Path, jobs: int = 0, method: Method = "beheshti"
 ) -> tuple[dict[str, Any], Path]:
     """Score a run on the scans of another manifest, under `<run>/evaluations/<digest of the manifest>/`.
+
+    The bias correction is the one fitted on the run's own validation persons.
 
     Raises:
         CheckpointError: The run has no usable checkpoint.
         DataError: Scans cannot be used, or the run was trained or selected on them: each such row. Other scans
-            of a training person are found only by the eye.
+            of a training person are found only by the eye. Or ``method`` cannot correct the run.
     """
     model = TrainedModel.load(run_dir)
     cohort = prepare_cohort(manifest, model.chain(), cache_dir, jobs, counted("reading scans"))
@@ -114,7 +130,7 @@ def evaluate_elsewhere(
         raise DataError(*faults)
     found = predict_scans(model, cohort.heads, range(len(manifest.scans)), progress=counted("predicting"))
     tables = {"test": found.merge(cohort.table(), on="row"), "val": read_predictions(run_dir, "val")}
-    metrics = _score(tables, model)
+    metrics = _score(tables, model, method)
     folder = run_dir / "evaluations" / manifest.sha256[:16]
     write_predictions(folder, {"test": tables["test"]})
     write_metrics(folder, metrics)
@@ -130,7 +146,9 @@ def read_predictions(run_dir: Path, name: str) -> pd.DataFrame:
     path = run_dir / "predictions" / f"{name}.csv"
     if not path.is_file():
         raise DataError(Fault("RUN-PREDICTIONS", "this run has no such predictions", str(path)))
-    return pd.read_csv(path).rename(columns={"person": "participant_id"})
+    # a site that is a number is a name all the same
+    table = pd.read_csv(path, dtype=dict.fromkeys(("sex", "site", "status", "reason"), "str"))
+    return table.rename(columns={"person": "participant_id"})
 
 
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
@@ -139,12 +157,25 @@ def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     replace_file(folder / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
 
 
-def fitted_bias(val: pd.DataFrame) -> AgeBias | None:
-    """Fit the age bias on validation persons; None where they are too few or of one age."""
+def fitted_bias(val: pd.DataFrame, method: Method) -> AgeBias | None:
+    """Fit the age bias on validation persons; None where they are too few or of one age.
+
+    Raises:
+        DataError: The slope of prediction on age does not permit ``cole`` (BIAS-SLOPE).
+    """
     try:
-        return fit_age_bias(val["age"], val["predicted_age"], val["participant_id"])
-    except DataError:
+        return fit_age_bias(val["age"], val["predicted_age"], val["participant_id"], method)
+    except DataError as error:
+        if error.faults[0].code != "BIAS-FIT":
+            raise
         return None
+
+
+def saved_bias(run_dir: Path) -> AgeBias | None:
+    """Return the age bias in the metrics.json of a run; None where there is none."""
+    path = run_dir / "metrics.json"
+    corrected = json.loads(path.read_text()).get("corrected") if path.is_file() else None
+    return AgeBias(**corrected["bias"]) if corrected else None
 
 
 def with_correction(frame: pd.DataFrame, bias: AgeBias | None) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from emoe_med.brainage.evaluate import saved_bias, with_correction
 from emoe_med.brainage.inference import TrainedModel, predict_scans
 from emoe_med.data.cache import HeadDataset
 from emoe_med.data.manifest import Scan, inspect_manifest
@@ -20,7 +21,7 @@ LOG = logging.getLogger("emoe_med")
 
 COLUMNS = [
     *("participant_id", "session_id", "image", "status", "reason", "predicted_age", "age", "brain_pad"),
-    *("similarity", "model", "chain"),
+    *("predicted_age_corrected", "corrected_in_range", "similarity", "model", "chain"),
 ]
 
 
@@ -32,7 +33,8 @@ def predict(run_dir: Path, source: Path, output: Path, cache_dir: Path, data_roo
 
     Status is `ok`; `check` where a person should look: the
     head fits the template worse than any training head, or the age is outside the training ages; `refused`
-    where no age is given. Ages are in years; the file names persons, because it is for the one who asked.
+    where no age is given. The corrected age is that of the run's last evaluation (`bias.py`), empty where it
+    needs an age that is unknown. Ages are in years; the file names persons, because it is for the one who asked.
 
     Raises:
         CheckpointError: The run has no usable checkpoint.
@@ -46,14 +48,14 @@ def predict(run_dir: Path, source: Path, output: Path, cache_dir: Path, data_roo
         LOG.warning("note: this model was trained on whole heads, centred but not aligned; masks are not used")
     heads = HeadDataset(scans, chain, cache_dir)
     found = predict_scans(model, heads, range(len(scans)), progress=counted("predicting"))
-    found["brain_pad"] = found["predicted_age"] - found["age"]
+    found = with_correction(found, saved_bias(run_dir))
     found["participant_id"] = [scan.participant_id for scan in scans]
     found["session_id"] = [scan.session_id for scan in scans]
     found["image"] = [str(scan.image) for scan in scans]
     found = pd.concat([_looked_at(found, model), refused]).sort_values("row", kind="stable")
     found["model"] = f"{model.config.name}-seed{model.config.training.seed}"
     found["chain"] = model.contract["chain"]["digest"]
-    table = found[COLUMNS]
+    table = found.reindex(columns=COLUMNS)
     output.parent.mkdir(parents=True, exist_ok=True)
     replace_file(output, table.to_csv(index=False, float_format="%.3f").encode())
     return table

@@ -16,8 +16,7 @@ import torch
 
 from emoe_med.brainage.cohort import Cohort, chain_options, prepare_cohort
 from emoe_med.brainage.compare import compare_groups
-from emoe_med.brainage.evaluate import evaluate_run
-from emoe_med.brainage.report import write_report, write_shared_metrics
+from emoe_med.brainage.evaluate import evaluate_run, write_reports
 from emoe_med.brainage.task import BrainAgeTask
 from emoe_med.config import BrainAgeConfig, dump_run, load_run
 from emoe_med.data.manifest import Manifest
@@ -196,9 +195,9 @@ def _train_fold(
         result = fit(task, config.training, run_dir, tracker, resume)
         metrics = evaluate_run(run_dir, cohort, splits)
         tracker.metrics(result.step, headline(metrics))
-        write_report(run_dir)
-        tracker.log_artifact(write_report(run_dir, shared=True), "report")
-        tracker.log_artifact(write_shared_metrics(run_dir), "metrics")
+        page, figures = write_reports(run_dir)
+        tracker.log_artifact(page, "report")
+        tracker.log_artifact(figures, "metrics")
         LOG.info("fold %d: test MAE %.2f years", fold, metrics["test"]["mae"]["value"])
 
 

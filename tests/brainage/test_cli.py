@@ -130,11 +130,53 @@ def test_a_second_start_is_refused_and_resume_skips_what_is_done(trained, cohort
 
 def test_evaluate_again_gives_the_same_figures(trained):
     path = trained / "tiny_cnn" / "seed0-fold0" / "metrics.json"
-    before = json.loads(path.read_text())
+    before, table = json.loads(path.read_text()), (path.parent / "predictions" / "test.csv").read_text()
     shown = run("evaluate", "--run", path.parent).output
     after = json.loads(path.read_text())
     assert after["test"]["mae"]["value"] == pytest.approx(before["test"]["mae"]["value"], abs=1e-4)
+    assert after["by_site"].keys() == before["by_site"].keys()
     assert "mae" in shown
+    again = (path.parent / "predictions" / "test.csv").read_text()
+    assert [line.split(",")[:5] for line in again.splitlines()] == [line.split(",")[:5] for line in table.splitlines()]
+
+
+def test_evaluate_again_renews_the_report_and_the_correction(trained, cohort, tmp_path):
+    run_dir = tmp_path / "arm" / "seed0-fold0"
+    shutil.copytree(trained / "tiny_cnn" / "seed0-fold0", run_dir)
+    for name in ("val", "test"):  # a model good enough for Cole, at sites that are numbers
+        path = run_dir / "predictions" / f"{name}.csv"
+        table = pd.read_csv(path).assign(site=["", *["11025"] * (len(pd.read_csv(path)) - 1)])
+        table.assign(predicted_age=10 + 0.8 * table["age"]).to_csv(path, index=False)
+    run("evaluate", "--run", run_dir, "--bias", "cole")
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert set(metrics["by_site"]) == {"11025", "unknown", "macro_mean"}
+    assert metrics["corrected"]["bias"]["method"] == "cole"
+    test = pd.read_csv(run_dir / "predictions" / "test.csv", dtype={"site": "str"})
+    np.testing.assert_allclose(test["predicted_age_corrected"], test["age"], atol=1e-3)
+    assert set(test["site"].dropna()) == {"11025"}
+    for page in (run_dir / "report" / "report.html", run_dir / "report" / "shared" / "report.html"):
+        assert "Method cole" in page.read_text()
+    scan = pd.read_csv(cohort).head(1)
+    scan.assign(age=np.nan).to_csv(tmp_path / "one.csv", index=False)
+    one = ("predict", "--run", run_dir, "-i", tmp_path / "one.csv", "--data-root", cohort.parent)
+    run(*one, "-o", tmp_path / "ages.csv")
+    (found,) = pd.read_csv(tmp_path / "ages.csv").itertuples()
+    assert found.predicted_age_corrected == pytest.approx((found.predicted_age - 10) / 0.8, abs=2e-3)
+    run("evaluate", "--run", run_dir)  # without the age there is nothing to correct by
+    run(*one, "-o", tmp_path / "ages.csv")
+    assert pd.read_csv(tmp_path / "ages.csv")["predicted_age_corrected"].isna().all()
+
+
+def test_a_correction_that_the_slope_forbids_is_refused(trained, tmp_path):
+    run_dir = tmp_path / "seed0-fold0"
+    shutil.copytree(trained / "tiny_cnn" / "seed0-fold0", run_dir)
+    val = pd.read_csv(run_dir / "predictions" / "val.csv")
+    val.assign(predicted_age=50.0).to_csv(run_dir / "predictions" / "val.csv", index=False)
+    before = (run_dir / "metrics.json").read_bytes()
+    assert "BIAS-SLOPE" in run("evaluate", "--run", run_dir, "--bias", "cole", code=3).output
+    assert (run_dir / "metrics.json").read_bytes() == before
+    (run_dir / "metrics.json").unlink()
+    assert "train --resume" in run("evaluate", "--run", run_dir, code=3).output
 
 
 def test_evaluate_elsewhere_refuses_what_the_run_has_seen(trained, cohort, tmp_path):
@@ -171,6 +213,10 @@ def test_predict_gives_a_row_for_every_scan(trained, cohort, tmp_path):
     assert found["predicted_age"].notna().tolist() == [True, True, True, False, False]
     assert found["participant_id"].tolist()[:3] == scans["participant_id"].tolist()[:3]
     assert "outside the training ages" in found.loc[2, "reason"]
+    assert found["predicted_age_corrected"].notna().tolist() == [True, False, True, False, False]
+    bias = json.loads((trained / "tiny_emoe" / "seed0-fold0" / "metrics.json").read_text())["corrected"]["bias"]
+    in_range = found.loc[[0, 2], "age"].between(bias["age_low"], bias["age_high"])
+    assert found.loc[[0, 2], "corrected_in_range"].tolist() == in_range.tolist()
     assert "VOL-" in found.loc[3, "reason"]
 
 

@@ -10,6 +10,7 @@ import datetime
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pandas as pd
 from emoe_med.brainage.age_table import AgeTable, read_columns, session_key
 from emoe_med.data.files import replace_file
 from emoe_med.data.scan import KNOWN, SEXES, YEARS, identity_from_path, parse_age, person_key
-from emoe_med.errors import DataError, Fault
+from emoe_med.errors import ConfigError, DataError, Fault
 
 BASE_COLUMNS = ("participant_id", "session_id", "image", "age", "sex", "site")
 MORE_COLUMNS = ("mask", "family_id", "diagnosis", "qc_score")  # written where any row has a value
@@ -88,9 +89,8 @@ class _Builder:
             return
         self.taken[scan] = self.name(image)
         row = {column: record.get(column, "") for column in (*BASE_COLUMNS, *MORE_COLUMNS)}
-        row |= {"participant_id": scan[0], "session_id": scan[1], "image": self.name(image)}
-        row |= {"age": f"{age:.10g}", "sex": SEXES.get(row["sex"].casefold(), "")}
-        row |= {"mask": self.name(mask) if mask else ""}
+        row |= {"participant_id": scan[0], "session_id": scan[1], "sex": SEXES.get(row["sex"].casefold(), "")}
+        row |= {"image": self.name(image), "mask": self.name(mask) if mask else "", "age": f"{age:.10g}"}
         self.rows.append(row)
 
     def finish(self, *notes: str) -> BuiltManifest:
@@ -138,8 +138,7 @@ def from_bids(folder: Path, table: Path | None = None) -> BuiltManifest:
         if participant is None or record is None:
             builder.skip(image, f"participant or session is not in {source.name}")
             continue
-        stem = re.sub(r"(_desc-[^_]+)?_T1w(\.nii.*)$", r"_desc-brain_mask\2", image.name)
-        mask = image.with_name(stem)
+        mask = image.with_name(re.sub(r"(_desc-[^_]+)?_T1w(\.nii.*)$", r"_desc-brain_mask\2", image.name))
         builder.add((participant, session), image, record, mask if mask.is_file() else None)
     spaces = sum("_space-" in row["image"] for row in builder.rows)
     warning = f"{spaces} images are in a template space: a nonlinear warp hides age; prefer native images"
@@ -162,40 +161,62 @@ def _check_unit(sidecar: Path) -> None:
         raise DataError(Fault("MAN-UNIT", f"age is given in {unit!r}, not in years", file=str(sidecar)))
 
 
-def from_glob(folder: Path, pattern: str, table: Path) -> BuiltManifest:
+def from_glob(folder: Path, pattern: str, table: Path, mask_pattern: str | None = None) -> BuiltManifest:
     """List the files that match a pattern, with ages from a table.
 
-    A file belongs to the participant whose id stands in its path between separators; the longest id wins,
-    and a path with two such ids is skipped.
+    A file belongs to the participant whose id stands in its path between separators; the longest one wins, with
+    its ``sub-``, and a path with two such ids is skipped. Masks are joined in the same way, by participant and session.
 
     Args:
         folder: Data root.
         pattern: As ``**/*_T1w.nii.gz``, relative to ``folder``.
         table: ``participant_id``, ``age`` and, where it has one, ``session_id``.
+        mask_pattern: Brain masks, relative to ``folder``. These are no images, and an image without exactly
+            one of its own is skipped.
 
     Raises:
+        ConfigError: A pattern is empty or absolute.
         DataError: No folder, no table, or a column missing.
     """
     builder = _Builder(folder)
     ages = AgeTable(table)
-    for image in sorted(path for path in folder.glob(pattern) if path.is_file()):
-        participants = _ids_in(builder.name(image), ages.people)
-        session = identity_from_path(builder.name(image))[1]
+
+    def identity(path: Path) -> tuple[tuple[str, ...], str]:
+        name = builder.name(path)
+        return tuple(_ids_in(name, ages.people)), identity_from_path(name)[1]
+
+    masks = _files(folder, mask_pattern) if mask_pattern else []
+    masks_of: dict[tuple[tuple[str, ...], str], list[Path]] = {}
+    for mask in masks:
+        masks_of.setdefault(identity(mask), []).append(mask)
+    for image in sorted(set(_files(folder, pattern)) - set(masks)):
+        participants, session = identity(image)
         record = ages.find(participants[0], session) if len(participants) == 1 else None
+        own = masks_of.get((participants, session), [])
         if len(participants) > 1:
             builder.skip(image, f"path names several participants of {table.name}")
         elif record is None:
             builder.skip(image, f"path names no participant, or no session, of {table.name}")
+        elif mask_pattern and len(own) != 1:
+            builder.skip(image, f"{len(own) or 'no'} masks name this participant and session")
         else:
-            builder.add((participants[0], session), image, record)
+            builder.add((participants[0], session), image, record, own[0] if own else None)
     return builder.finish()
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return [path for path in folder.glob(pattern) if path.is_file()]
+    except (NotImplementedError, ValueError):
+        reason = f"{pattern!r} is no pattern of files below a folder"
+        raise ConfigError(Fault("CLI-PATTERN", reason, hint="such as '**/*_T1w.nii.gz'")) from None
 
 
 def _ids_in(path: str, people: set[str]) -> list[str]:
     """Return the longest ids of the table that stand in a path as whole words."""
     words = [match.span() for match in re.finditer(r"[^/_.\- ]+", path)]
     spans = [path[start:end] for i, (start, _) in enumerate(words) for _, end in words[i:]]
-    found = {person_key(text): text for text in spans if person_key(text) in people}
+    found = {person_key(text): text for text in sorted(spans, key=len) if person_key(text) in people}
     longest = max((len(text) for text in found.values()), default=0)
     return [text for text in found.values() if len(text) == longest]
 
@@ -221,9 +242,8 @@ def from_ukb(bulk: Path, table: Path, warped: bool = False) -> BuiltManifest:
     for folder in sorted(found):
         match = re.fullmatch(r"(\d+)_20252_([23])_0", folder.name)
         if match is None or not folder.is_dir():
-            builder.skip(
-                folder, "still zipped: unzip it" if folder.suffix == ".zip" else "not a scan of instance 2 or 3"
-            )
+            zipped = folder.suffix == ".zip"
+            builder.skip(folder, "still zipped: unzip it" if zipped else "not a scan of instance 2 or 3")
             continue
         eid, instance = match.groups()
         image, mask, reason = _ukb_image(folder / "T1", warped)
@@ -273,10 +293,8 @@ def _ukb_image(t1: Path, warped: bool) -> tuple[Path | None, Path | None, str]:
 def _ukb_record(record: Mapping[str, str], instance: str) -> dict[str, str]:
     sex = {"0": "F", "1": "M"}.get(record.get("sex", ""), record.get("sex", ""))
     age = record.get(f"age_{instance}", "")
-    try:
+    with suppress(KeyError, ValueError):  # field 21003 remains
         visit = datetime.date.fromisoformat(record[f"date_{instance}"])
         birth = datetime.date(int(record["birth_year"]), int(record["birth_month"]), 15)  # the day is not told
         age = f"{(visit - birth).days / 365.25:.2f}"
-    except (KeyError, ValueError):
-        pass  # field 21003 remains
     return {"age": age, "sex": sex, "site": record.get(f"site_{instance}", "")}

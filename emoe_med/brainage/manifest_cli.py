@@ -35,14 +35,15 @@ def manifest_glob(
     table: Annotated[Path, typer.Option("--table", help="CSV or TSV with participant_id and age")],
     output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
     pattern: Annotated[str, typer.Option("--pattern", help="file pattern below the folder")] = "**/*.nii.gz",
+    mask: Annotated[str | None, typer.Option("--mask", help="the same for brain masks, in any place below it")] = None,
 ) -> None:
-    """From any folder of scans and a table of ages, joined by participant.
+    """From any folder of scans and a table of ages, joined by the participant's id in the path.
 
     Example: python -m emoe_med.brainage manifest glob scans --table ages.csv --pattern '*_T1w.nii.gz' -o manifest.csv
     """
     from emoe_med.brainage.build_manifest import from_glob
 
-    _write_manifest(from_glob(folder, pattern, table), output, folder)
+    _write_manifest(from_glob(folder, pattern, table, mask), output, folder)
 
 
 @manifest_app.command("ukb")

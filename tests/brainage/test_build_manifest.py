@@ -8,7 +8,7 @@ import pytest
 
 from emoe_med.brainage.build_manifest import from_bids, from_glob, from_ukb, write_manifest
 from emoe_med.data.manifest import read_manifest
-from emoe_med.errors import DataError
+from emoe_med.errors import ConfigError, DataError
 
 TEMPLATE = Path(__file__).parents[2] / "data_manifests" / "ukb.csv"
 
@@ -263,6 +263,30 @@ def test_glob_with_ages_by_session(tmp_path):
         from_glob(tmp_path, "**/*.nii", ages)
 
 
+def test_glob_joins_masks_by_participant_and_session(tmp_path):
+    images = [f"t1/sub-{i}_ses-{j}_T1w.nii.gz" for i, j in ("11", "12", "21", "31")]
+    touch(tmp_path, *images, "masks/sub-1_ses-1_brain.nii.gz", "masks/sub-1_ses-2_brain.nii.gz")
+    touch(tmp_path, "masks/sub-3_ses-1_brain.nii.gz", "masks/old/3_brain.nii.gz", "masks/sub-3_ses-1_x_brain.nii.gz")
+    ages = table(tmp_path / "a.csv", "participant_id,age", "1,60.5", "2,61.5", "3,62.5")
+    built = from_glob(tmp_path, "**/*.nii.gz", ages, "masks/**/*_brain.nii.gz")
+    assert list(zip(built.rows["image"], built.rows["mask"], strict=True)) == [
+        (images[0], "masks/sub-1_ses-1_brain.nii.gz"),
+        (images[1], "masks/sub-1_ses-2_brain.nii.gz"),  # though there is a participant 2
+    ]
+    assert built.rows["participant_id"].tolist() == ["sub-1", "sub-1"]
+    assert skipped(built) == {
+        images[2]: "no masks name this participant and session",
+        images[3]: "2 masks name this participant and session",
+    }
+
+
+@pytest.mark.parametrize("pattern", ["", "/scans/*.nii.gz"])
+def test_what_is_no_pattern(tmp_path, pattern):
+    ages = table(tmp_path / "a.csv", "participant_id,age", "1,60.5")
+    with pytest.raises(ConfigError, match="CLI-PATTERN"):
+        from_glob(tmp_path, pattern, ages)
+
+
 def test_names_are_quoted_when_written(tmp_path):
     name = 'odd, "name" x1 ü.nii'
     touch(tmp_path, name, "x2.nii")
@@ -273,7 +297,7 @@ def test_names_are_quoted_when_written(tmp_path):
 
 def test_real_heads_by_glob(real_data, tmp_path):
     source = real_data / "ixi"
-    built = from_glob(source, "t1/*.nii.gz", source / "participants.csv")
+    built = from_glob(source, "**/*.nii.gz", source / "participants.csv", "dlmuse/*.nii.gz")
     assert len(built.rows) == 181
     assert [each.reason for each in built.skipped] == ["age is missing"] * 4
     given = pd.read_csv(source / "manifest.csv", dtype=str).set_index("image").sort_index()
@@ -281,3 +305,6 @@ def test_real_heads_by_glob(real_data, tmp_path):
     assert made["participant_id"].equals(given["participant_id"])
     assert (made["age"].astype(float) == given["age"].astype(float)).all()
     assert made["sex"].equals(given["sex"].fillna(""))
+    assert made["mask"].tolist() == given["labels"].tolist()
+    write_manifest(built, tmp_path / "m.csv")
+    assert all(scan.mask and scan.mask.is_file() for scan in read_manifest(tmp_path / "m.csv", source).scans)

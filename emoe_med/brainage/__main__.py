@@ -223,6 +223,23 @@ def ui(
 
 @app.command()
 @verb
+def sync(
+    out: OutOption = Path("runs"),
+    uri: Annotated[str | None, typer.Option("--uri", help="another tracking address; it gets all of it")] = None,
+    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="permit another machine, by https")] = False,
+) -> None:
+    """Send MLflow what it lacks of the runs, after a server was down or not there; each event once.
+
+    Example: python -m emoe_med.brainage sync --out runs
+    """
+    from emoe_med.brainage.ui import sync_runs
+
+    for line in sync_runs(out, uri, allow_remote):
+        say(line)
+
+
+@app.command()
+@verb
 def doctor(out: OutOption = Path("runs"), as_json: JsonOption = False) -> None:
     """Print versions, device and what is missing.
 

@@ -1,16 +1,17 @@
-"""Serve the tracked runs of a folder on loopback and say where to look."""
+"""The tracked runs of a folder: served on loopback with where to look, and sent to MLflow where it lacks them."""
 
 from __future__ import annotations
 
 import json
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from emoe_med.errors import ConfigError, Fault
 from emoe_med.training.outbox import read_record
 from emoe_med.training.store import deep_link, serve
+from emoe_med.training.tracking import sync
 
 
 def serve_runs(out: Path, port: int, say: Callable[[str], None]) -> None:
@@ -46,3 +47,16 @@ def run_links(out: Path, address: str) -> dict[str, str]:
             name = run_dir.relative_to(out).as_posix()
             links[name] = deep_link(address, record["experiment_id"], record["run_id"], "report/report.html")
     return links
+
+
+def sync_runs(out: Path, uri: str | None, allow_remote: bool) -> Iterator[str]:
+    """Send MLflow what it lacks of every run below `out`, parents first, and yield a line for each run.
+
+    Raises:
+        ConfigError: No run there, or MLflow did not take a record; runs before it are sent.
+    """
+    records = sorted(out.glob("**/tracking.json"), key=lambda path: (len(path.parts), path))
+    if not records:
+        raise ConfigError(Fault("UI-NONE", "no run in this folder", str(out), hint="give the folder of the runs"))
+    for record in records:
+        yield f"{record.parent}: {sync(record.parent, uri, allow_remote)} events sent"

@@ -51,7 +51,8 @@ def tracking_uri(uri: str | None, out: Path, allow_remote: bool = False) -> str:
             _refuse("user and password do not belong in it", "set MLFLOW_TRACKING_USERNAME and _PASSWORD")
         if not _loopback(parts.hostname):
             if not allow_remote:
-                _refuse(f"{parts.hostname} is another machine", "set tracking.allow_remote: true to send there")
+                hint = "set tracking.allow_remote: true; for `sync` give --allow-remote"
+                _refuse(f"{parts.hostname} is another machine", hint)
             if parts.scheme != "https":
                 _refuse("another machine is reached over https only", "use https://")
         return uri.rstrip("/")

@@ -64,7 +64,7 @@ def test_help_is_quick_and_loads_nothing_heavy():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
-    for verb in ("train", "predict", "evaluate", "check", "compare", "demo", "ui", "doctor", "manifest"):
+    for verb in ("train", "predict", "evaluate", "check", "compare", "demo", "ui", "sync", "doctor", "manifest"):
         assert "Example" in run(verb, "--help").output or verb == "manifest"
 
 
@@ -306,6 +306,26 @@ def test_runs_are_nested_in_mlflow_and_finished(trained):
     assert {r.info.status for r in runs} == {"FINISHED"}
     metrics = children[0].data.metrics
     assert {"val/mae", "test/mae", "router/captured_variance", "expert/E00/load"} <= set(metrics)
+
+
+def test_sync_sends_each_run_once_with_its_parent(trained, tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    arm = tmp_path / "runs" / "tiny_cnn"  # trained without MLflow
+    shutil.copytree(trained / "tiny_cnn", arm)
+    store = f"sqlite:///{tmp_path / 'mine.db'}"
+    shown = run("sync", "--out", tmp_path / "runs", "--uri", store).output.splitlines()
+    assert [line.split(":")[0] for line in shown] == [str(arm), str(arm / "seed0-fold0"), str(arm / "seed0-fold1")]
+    again = run("sync", "--out", tmp_path / "runs").output
+    assert again.count(": 0 events sent") == 3
+    client = MlflowClient(store)
+    runs = client.search_runs([client.get_experiment_by_name("brainage").experiment_id])
+    (parent,) = [r.info.run_id for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    assert [r.data.tags.get("mlflow.parentRunId") for r in runs].count(parent) == 2
+    assert all("test/mae" in r.data.metrics for r in runs)
+    assert "UI-NONE" in run("sync", "--out", tmp_path / "none", code=2).output
+    refused = run("sync", "--out", tmp_path / "runs", "--uri", "https://elsewhere.example", code=2).output
+    assert "another machine" in refused
 
 
 def test_the_template_manifest_without_data_ends_in_one_message():

@@ -102,10 +102,13 @@ class HeadDataset(PersistentDataset):
 
     def entry(self, index: int) -> dict[str, Any]:
         """Return the cache entry of a scan: image, similarity, matrix and digest."""
+        scan = self.scans[index]
         try:
+            if scan.sha256 not in (None, self.digests.of(scan.image)):
+                raise VolumeError(Fault("VOL-DIGEST", "sha256 differs from the manifest's", str(scan.image)))
             return self._checked(self.data[index])
         except Exception as error:
-            raise self._with_row(error, self.scans[index]) from error
+            raise self._with_row(error, scan) from error
 
     def _checked(self, item: dict[str, str]) -> dict[str, Any]:
         """Return the cache entry of an item, made anew where it is missing, unreadable or damaged."""

@@ -1,5 +1,6 @@
 """The deterministic chain and its cache, on small heads made of ellipsoids."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,6 +134,15 @@ def test_faults_of_all_scans_are_found_at_once(tmp_path):
 
 def cache_files(folder: Path):
     return sorted(folder.glob("*/*.pt"))
+
+
+def test_a_file_that_is_not_the_manifest_s_is_refused_though_it_is_in_the_cache(tmp_path):
+    scan = write_scan(tmp_path, row=7)
+    right = replace(scan, sha256=hashlib.sha256(scan.image.read_bytes()).hexdigest())
+    assert torch.equal(*(HeadDataset([each], CENTRED, tmp_path / "cache")[0]["image"] for each in (scan, right)))
+    wrong = replace(scan, sha256="0" * 64)
+    (reading,) = HeadDataset([wrong], CENTRED, tmp_path / "cache").build()
+    assert (reading.fault.code, reading.fault.row) == ("VOL-DIGEST", 7)
 
 
 def test_the_cache_follows_content_and_chain(tmp_path):

@@ -25,8 +25,8 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs" / "brainage"
 ManifestOption = Annotated[Path, typer.Option("--manifest", help="CSV or TSV: one scan a row")]
 RootOption = Annotated[Path | None, typer.Option("--data-root", help="folder of the manifest's relative paths")]
 OutOption = Annotated[Path, typer.Option("--out", help="folder of all runs, their cache and the tracking store")]
-JobsOption = Annotated[int, typer.Option("--jobs", min=0, help="processes that read scans; 0 is this one")]
-RunOption = Annotated[Path, typer.Option("--run", help="run folder")]
+JobsOption = Annotated[int, typer.Option("--jobs", min=0, help="scans read at once; 0 is one by one")]
+RunOption = Annotated[Path, typer.Option("--run", help="folder of one fold and seed")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print a machine-readable summary")]
 
 
@@ -34,9 +34,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print a machine-readab
 @verb
 def train(
     manifest: ManifestOption,
-    config: Annotated[Path, typer.Option("--config", help="run file")] = CONFIGS / "emoe.yaml",
+    config: Annotated[
+        Path,
+        typer.Option("--config", help="run file; those in 4mm suit a CPU", show_default="configs/brainage/emoe.yaml"),
+    ] = CONFIGS / "emoe.yaml",
     out: OutOption = Path("runs"),
-    fold: Annotated[str, typer.Option("--fold", help="fold to test on: 0, 1, ..., or `all`")] = "0",
+    fold: Annotated[str, typer.Option("--fold", help="folds to test on, each a run: 0, or 0,2, or all")] = "0",
     resume: Annotated[bool, typer.Option("--resume", help="go on with unfinished folds, skip finished ones")] = False,
     assignments: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. training.seed=1")] = None,
     data_root: RootOption = None,
@@ -93,17 +96,17 @@ def evaluate(
     manifest: Annotated[Path | None, typer.Option("--manifest", help="score other scans with ages")] = None,
     bias: Annotated[
         Literal["beheshti", "cole"],
-        typer.Option("--bias", help="correction of age bias, beside the raw figures; beheshti needs the age"),
+        typer.Option("--bias", help="correction of age bias, shown beside the raw figures"),
     ] = "beheshti",
     data_root: RootOption = None,
     cache: Annotated[Path | None, typer.Option("--cache", help="volumes in the model's space; RUN/../../cache")] = None,
     jobs: JobsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a run again from its predictions and renew its report, or score the scans of another manifest.
+    """Score a run again from its predictions and renew its report, or score it on other scans.
 
-    The correction is fitted on validation persons; `predict` applies the one that was last used here. MLflow keeps
-    what training sent.
+    `predict` uses the correction of the last call without --manifest.
+    MLflow keeps what training sent.
 
     Example: python -m emoe_med.brainage evaluate --run runs/emoe_4mm/seed0-fold0 --manifest other.csv
     """
@@ -141,6 +144,10 @@ def predict(
     cache: Annotated[Path | None, typer.Option("--cache", help="volumes in the model's space; RUN/../../cache")] = None,
 ) -> None:
     """Predict the age of every scan; a row for each, with status and reason.
+
+    Without a manifest a brain mask is looked for beside each head:
+    *_desc-brain_mask, HEAD_mask, HEAD_brain_mask or T1_brain_mask.
+    Ages are in years; brain_pad is predicted minus chronological age.
 
     Example: python -m emoe_med.brainage predict --run runs/emoe_4mm/seed0-fold0 -i scans/ -o ages.csv
     """

@@ -19,7 +19,7 @@ def manifest_bids(
     output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
     table: Annotated[Path | None, typer.Option("--table", help="ages; default participants.tsv")] = None,
 ) -> None:
-    """From a BIDS tree and its participants.tsv.
+    """From a BIDS tree and its participants.tsv, with brain masks where they lie beside the images.
 
     Example: python -m emoe_med.brainage manifest bids /data/ds000001 -o manifest.csv
     """
@@ -35,7 +35,7 @@ def manifest_glob(
     table: Annotated[Path, typer.Option("--table", help="CSV or TSV with participant_id and age")],
     output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
     pattern: Annotated[str, typer.Option("--pattern", help="file pattern below the folder")] = "**/*.nii.gz",
-    mask: Annotated[str | None, typer.Option("--mask", help="the same for brain masks, in any place below it")] = None,
+    mask: Annotated[str | None, typer.Option("--mask", help="file pattern of brain masks below the folder")] = None,
 ) -> None:
     """From any folder of scans and a table of ages, joined by the participant's id in the path.
 
@@ -50,7 +50,9 @@ def manifest_glob(
 @verb
 def manifest_ukb(
     bulk: Annotated[Path, typer.Option("--bulk", help="folder of <eid>_20252_<instance>_0 folders")],
-    table: Annotated[Path, typer.Option("--table", help="CSV with eid and fields 21003, 31, 54")],
+    table: Annotated[
+        Path, typer.Option("--table", help="table of eid and fields 21003, 31, 54; better also 53, 34, 52")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
     warped: Annotated[bool, typer.Option("--warped", help="use the nonlinearly warped T1_brain_to_MNI")] = False,
 ) -> None:

@@ -2,31 +2,56 @@
 
 Only the chosen experts run. The backward pass is written by hand so that nothing but the pre-activation is
 kept, the gate gradient comes from the narrow hidden rows, and an expert without tokens gets a zero gradient.
+
+Two engines, one meaning:
+
+- `Segments`, for a CPU: one pass per expert over its own rows, so that no [N*K, D] copy of tokens or outputs ever
+  exists and the working set stays in the cache.
+- `Grouped`, for a GPU and for `torch.compile`: six `grouped_mm` over all rows at once. Counts stay on the device, so
+  that the host never waits, and shapes do not depend on the load, so that nothing is compiled anew.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # oneDNN compiles a bfloat16 product anew for every segment length, and lengths change with every batch; below this
 # many weights an expert is done sooner in float32
 NARROW_ON_CPU = 2**16
 
 
-def grouped_mlp(tokens: Tensor, expert_index: Tensor, gate: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """Return sum_k gate[n, k] * GELU(tokens[n] @ w1[e]) @ w2[e] with e = expert_index[n, k].
+class Weights(NamedTuple):
+    """Stacked weights of E two-layer experts: w1 [E, D, b], w2 [E, b, D], biases b1 [E, b], b2 [E, D] or None."""
+
+    w1: Tensor
+    w2: Tensor
+    b1: Tensor | None = None
+    b2: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Weights:
+        """Change every tensor that is there."""
+        b1, b2 = (None if b is None else change(b) for b in (self.b1, self.b2))
+        return Weights(change(self.w1), change(self.w2), b1, b2)
+
+
+def grouped_mlp(
+    tokens: Tensor, expert_index: Tensor, gate: Tensor, weights: Weights, scale: Tensor | None = None
+) -> Tensor:
+    """Return scale * sum_k gate[n, k] * (GELU(tokens[n] @ w1[e] + b1[e]) @ w2[e] + b2[e]), e = expert_index[n, k].
 
     Args:
         tokens: [N, D].
         expert_index: [N, K] int64 in [0, E).
-        gate: [N, K]; slots with gate 0 still compute, and contribute 0.
-        w1: [E, D, b].
-        w2: [E, b, D].
+        gate: [N, K]; a slot with gate exactly 0 was dropped: no computation and no gradient.
+        weights: of the experts.
+        scale: [], or None for 1.
 
     Returns:
         [N, D] in the compute dtype: that of autocast where it is on, else that of the tokens; on a CPU narrow
@@ -34,38 +59,47 @@ def grouped_mlp(tokens: Tensor, expert_index: Tensor, gate: Tensor, w1: Tensor, 
     """
     device = tokens.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
-    if device == "cpu" and w1[0].numel() < NARROW_ON_CPU:
+    if device == "cpu" and weights.w1[0].numel() < NARROW_ON_CPU:
         dtype = torch.promote_types(dtype, torch.float32)
-    return _GroupedMLP.apply(tokens, expert_index, gate, w1, w2, dtype)
+    kept = gate.detach() != 0
+    scaled = gate if scale is None else gate * scale
+    low = weights.each(lambda weight: _cast(weight, dtype))
+    engine = _engine(tokens, weights, dtype)
+    return _GroupedMLP.apply(tokens.to(dtype), expert_index, scaled, kept, low, engine, *weights)
 
 
-def reference_mlp(tokens: Tensor, expert_index: Tensor, gate: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+def reference_mlp(
+    tokens: Tensor, expert_index: Tensor, gate: Tensor, weights: Weights, scale: Tensor | None = None
+) -> Tensor:
     """Run every expert on every token and sum; the plain meaning of `grouped_mlp`, for tests."""
-    weight = torch.zeros(tokens.shape[0], w1.shape[0], dtype=tokens.dtype, device=tokens.device)
-    weight = weight.scatter_add(1, expert_index, gate.to(tokens.dtype))
-    hidden = F.gelu(torch.einsum("nd,edb->neb", tokens, w1))
-    return torch.einsum("ne,neb,ebd->nd", weight, hidden, w2)
+    w1, w2, b1, b2 = weights
+    hidden = torch.einsum("nd,edb->neb", tokens, w1)
+    outputs = torch.einsum("neb,ebd->ned", F.gelu(hidden if b1 is None else hidden + b1), w2)
+    outputs = outputs if b2 is None else outputs + b2
+    shares = torch.where(gate == 0, 0, gate).to(tokens.dtype)
+    combine = torch.zeros(outputs.shape[:2], dtype=tokens.dtype, device=tokens.device)
+    combine = combine.scatter_add(1, expert_index, shares)
+    return torch.einsum("ne,ned->nd", combine, outputs) * (1 if scale is None else scale)
 
 
-def _segments(expert_index: Tensor, num_experts: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
-    """Give the stable order of the N*K slots by expert, and (expert, start, stop) of those with rows."""
-    flat = expert_index.flatten()
-    order = flat.argsort(stable=True)
-    stops = torch.bincount(flat, minlength=num_experts).cumsum(0).tolist()
-    starts = [0, *stops[:-1]]
-    spans = [(e, a, z) for e, (a, z) in enumerate(zip(starts, stops, strict=True)) if z > a]
-    return order, spans
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _unsort(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
-    """Put sorted slot rows [N*K, D] back and add the K slots of a token: [N, D].
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give weights in the compute dtype; the copy of a parameter lives until a step or a load changes it.
 
-    A gather by the inverse permutation: exact and deterministic, unlike an atomic scatter-add.
+    Autocast would cast all experts in every forward pass; with few tokens that costs more than the experts. The
+    tensor's version counter tells of every change but one made through `.data`.
     """
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    back = rows.index_select(0, inverse)
-    return back if top_k == 1 else back.view(-1, top_k, rows.shape[-1]).sum(1)
+    if weight.dtype == dtype:
+        return weight.detach()
+    if not weight.is_leaf or torch.compiler.is_compiling():
+        return weight.detach().to(dtype)
+    state = (weight._version, weight.data_ptr(), dtype)
+    held = _copies.get(weight)
+    if held is None or held[0] != state:
+        held = _copies[weight] = (state, weight.detach().to(dtype))
+    return held[1]
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -75,45 +109,178 @@ class _GroupedMLP(torch.autograd.Function):
         tokens: Tensor,
         expert_index: Tensor,
         gate: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        dtype: torch.dtype,
+        kept: Tensor,
+        low: Weights,
+        engine: type[Segments] | type[Grouped],
+        *weights: Tensor | None,
     ) -> Tensor:
-        """Forward over sorted segments; saves the pre-activation [N*K, b] alone."""
-        order, spans = _segments(expert_index, w1.shape[0])
-        sample = order.div(expert_index.shape[1], rounding_mode="floor")
-        rows = tokens.to(dtype).index_select(0, sample)
-        gates = gate.flatten().index_select(0, order).to(dtype).unsqueeze(1)
-        pre = rows.new_empty(rows.shape[0], w1.shape[2])
-        out = rows.new_empty(rows.shape[0], w2.shape[2])
-        with torch.autocast(tokens.device.type, enabled=False):
-            for e, a, z in spans:
-                torch.mm(rows[a:z], w1[e].to(dtype), out=pre[a:z])
-                torch.mm(F.gelu(pre[a:z]) * gates[a:z], w2[e].to(dtype), out=out[a:z])
-        ctx.save_for_backward(tokens, gate, w1, w2, order, sample, pre)
-        ctx.spans, ctx.top_k = spans, expert_index.shape[1]
-        return _unsort(out, order, ctx.top_k)
+        """Run the engine on weights in the compute dtype; `weights` are where the gradients go."""
+        slots, pre, out = engine.forward(tokens, expert_index, gate.to(tokens.dtype), kept, low)
+        ctx.save_for_backward(tokens, gate, pre, *low, *weights)
+        ctx.slots, ctx.engine = slots, engine
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients for tokens, gate, w1 and w2."""
-        tokens, gate, w1, w2, order, sample, pre = ctx.saved_tensors
-        dtype = pre.dtype
-        grad_out = grad.to(dtype).index_select(0, sample)
-        rows = tokens.to(dtype).index_select(0, sample)
-        gates = gate.flatten().index_select(0, order).to(dtype).unsqueeze(1)
-        grad_rows = torch.empty_like(rows)
-        grad_gates = torch.empty_like(gates)
-        grad_w1, grad_w2 = torch.zeros_like(w1), torch.zeros_like(w2)
+        """Gradients for tokens, gate and weights."""
+        tokens, gate, pre, *rest = ctx.saved_tensors
+        low, weights = Weights(*rest[:4]), rest[4:]
+        grad_tokens, grad_gate, *grads = ctx.engine.backward(
+            grad.to(tokens.dtype).contiguous(), tokens, gate.to(tokens.dtype), pre, low, ctx.slots
+        )
+        grads = (None if w is None else g.to(w.dtype) for w, g in zip(weights, grads, strict=True))
+        return grad_tokens, None, grad_gate.to(gate.dtype), None, None, None, *grads
+
+
+class Segments:
+    """One pass per expert over its own rows."""
+
+    class Slots(NamedTuple):
+        """Kept slots by expert: their place in the [N*K] gates, their token, and (expert, start, stop)."""
+
+        order: Tensor
+        token: Tensor
+        spans: list[tuple[int, int, int]]
+
+    @staticmethod
+    def sort(expert_index: Tensor, kept: Tensor, num_experts: int) -> Slots:
+        """Sort stably by expert; dropped slots go behind the last expert, and off."""
+        key = torch.where(kept, expert_index, num_experts).flatten()
+        stops = torch.bincount(key, minlength=num_experts + 1).cumsum(0)[:num_experts].tolist()
+        order = key.argsort(stable=True)[: stops[-1]]
+        spans = [(e, a, z) for e, (a, z) in enumerate(zip([0, *stops[:-1]], stops, strict=True)) if z > a]
+        return Segments.Slots(order, order.div(expert_index.shape[1], rounding_mode="floor"), spans)
+
+    @staticmethod
+    def forward(
+        tokens: Tensor, expert_index: Tensor, gate: Tensor, kept: Tensor, weights: Weights
+    ) -> tuple[Slots, Tensor, Tensor]:
+        """Return the sorted slots, the pre-activation [kept slots, b] and the output [N, D]."""
+        w1, w2, b1, b2 = weights
+        slots = Segments.sort(expert_index, kept, w1.shape[0])
+        gates = gate.flatten()[slots.order].unsqueeze(1)
+        pre = tokens.new_empty(len(slots.order), w1.shape[2])
+        out = tokens.new_zeros(tokens.shape[0], w2.shape[2])
         with torch.autocast(tokens.device.type, enabled=False):
-            for e, a, z in ctx.spans:
-                hidden = F.gelu(pre[a:z])
-                grad_hidden = grad_out[a:z] @ w2[e].to(dtype).T
+            for e, a, z in slots.spans:
+                rows = tokens.index_select(0, slots.token[a:z])
+                torch.mm(rows, w1[e], out=pre[a:z]) if b1 is None else torch.addmm(b1[e], rows, w1[e], out=pre[a:z])
+                result = F.gelu(pre[a:z]).mul_(gates[a:z]) @ w2[e]
+                if b2 is not None:
+                    result.addcmul_(gates[a:z], b2[e])
+                # tokens of one expert are distinct and experts come in order: the same bits every time
+                out.index_add_(0, slots.token[a:z], result)
+        return slots, pre, out
+
+    @staticmethod
+    def backward(
+        grad: Tensor, tokens: Tensor, gate: Tensor, pre: Tensor, weights: Weights, slots: Slots
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of tokens, gate, w1, w2, b1, b2."""
+        w1, w2, _, b2 = weights
+        gates = gate.flatten()[slots.order].unsqueeze(1)
+        grad_gates = torch.empty_like(gates)
+        grad_tokens = torch.zeros_like(tokens)
+        grads = weights.each(torch.zeros_like)
+        with torch.autocast(tokens.device.type, enabled=False):
+            for e, a, z in slots.spans:
+                token = slots.token[a:z]
+                hidden, grad_out = F.gelu(pre[a:z]), grad.index_select(0, token)
+                grad_hidden = grad_out @ w2[e].T
                 grad_gates[a:z] = (grad_hidden * hidden).sum(1, keepdim=True)
-                grad_w2[e] = (hidden * gates[a:z]).T @ grad_out[a:z]
-                grad_pre = torch.ops.aten.gelu_backward(grad_hidden * gates[a:z], pre[a:z])
-                grad_w1[e] = rows[a:z].T @ grad_pre
-                torch.mm(grad_pre, w1[e].to(dtype).T, out=grad_rows[a:z])
-        grad_gate = _unsort(grad_gates, order, 1).view_as(gate).to(gate.dtype)
-        return _unsort(grad_rows, order, ctx.top_k).to(tokens.dtype), None, grad_gate, grad_w1, grad_w2, None
+                if b2 is not None and grads.b2 is not None:
+                    grad_gates[a:z] += (grad_out @ b2[e]).unsqueeze(1)
+                    grads.b2[e] = (gates[a:z] * grad_out).sum(0)
+                torch.mm(hidden.mul_(gates[a:z]).T, grad_out, out=grads.w2[e])
+                grad_pre = torch.ops.aten.gelu_backward(grad_hidden.mul_(gates[a:z]), pre[a:z])
+                torch.mm(tokens.index_select(0, token).T, grad_pre, out=grads.w1[e])
+                if grads.b1 is not None:
+                    grads.b1[e] = grad_pre.sum(0)
+                grad_tokens.index_add_(0, token, grad_pre @ w1[e].T)
+        grad_gate = torch.zeros_like(gate.flatten()).index_copy_(0, slots.order, grad_gates.squeeze(1)).view_as(gate)
+        return grad_tokens, grad_gate, *grads
+
+
+class Grouped:
+    """All experts at once by `grouped_mm`; no shape and no branch depends on the load."""
+
+    class Slots(NamedTuple):
+        """All slots by expert, dropped ones last: token, order and its inverse, ends of the experts, owner of a row."""
+
+        token: Tensor
+        order: Tensor
+        inverse: Tensor
+        ends: Tensor
+        owner: Tensor
+
+    @staticmethod
+    def sort(expert_index: Tensor, kept: Tensor, num_experts: int) -> Slots:
+        """Sort stably by expert; `owner` [N*K, E] is one-hot, and all zero for dropped slots."""
+        key = torch.where(kept, expert_index, num_experts).flatten()
+        order = key.argsort(stable=True)
+        # a gather by the inverse permutation is exact and deterministic, unlike an atomic scatter-add
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        owner = key[order].unsqueeze(1) == torch.arange(num_experts, device=key.device)
+        ends = owner.sum(0).cumsum(0).to(torch.int32)
+        token = order.div(expert_index.shape[1], rounding_mode="floor")
+        return Grouped.Slots(token, order, inverse, ends, owner)
+
+    @staticmethod
+    def forward(
+        tokens: Tensor, expert_index: Tensor, gate: Tensor, kept: Tensor, weights: Weights
+    ) -> tuple[Slots, Tensor, Tensor]:
+        """Return the sorted slots, the pre-activation [N*K, b] and the output [N, D]."""
+        w1, w2, b1, b2 = weights
+        slots = Grouped.sort(expert_index, kept, w1.shape[0])
+        owner = slots.owner.to(tokens.dtype)
+        gates = gate.flatten()[slots.order].unsqueeze(1)
+        pre = F.grouped_mm(tokens[slots.token], w1, offs=slots.ends)
+        pre = pre if b1 is None else pre + owner @ b1
+        out = F.grouped_mm(F.gelu(pre) * gates, w2, offs=slots.ends)
+        out = out if b2 is None else out + gates * (owner @ b2)
+        return slots, pre, Grouped._gather(out, slots, gate.shape)
+
+    @staticmethod
+    def backward(
+        grad: Tensor, tokens: Tensor, gate: Tensor, pre: Tensor, weights: Weights, slots: Slots
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of tokens, gate, w1, w2, b1, b2."""
+        w1, w2, b1, b2 = weights
+        owner = slots.owner.to(tokens.dtype)
+        gates = gate.flatten()[slots.order].unsqueeze(1)
+        grad_out, hidden = grad[slots.token], F.gelu(pre)
+        grad_hidden = F.grouped_mm(grad_out, w2.mT, offs=slots.ends)
+        grad_gates = (grad_hidden * hidden).sum(1, keepdim=True)
+        if b2 is not None:
+            grad_gates = grad_gates + (grad_out * (owner @ b2)).sum(1, keepdim=True)
+        grad_w2 = Grouped._outer(hidden * gates, grad_out, slots)
+        grad_pre = torch.ops.aten.gelu_backward(grad_hidden * gates, pre)
+        grad_w1 = Grouped._outer(tokens[slots.token], grad_pre, slots)
+        grad_rows = F.grouped_mm(grad_pre, w1.mT, offs=slots.ends)
+        served = slots.owner.any(1, keepdim=True)
+        grad_b1 = None if b1 is None else owner.T @ torch.where(served, grad_pre, 0)
+        grad_b2 = None if b2 is None else owner.T @ (gates * grad_out)
+        grad_gate = torch.where(served, grad_gates, 0)[slots.inverse].view_as(gate)
+        return Grouped._gather(grad_rows, slots, gate.shape), grad_gate, grad_w1, grad_w2, grad_b1, grad_b2
+
+    @staticmethod
+    def _gather(rows: Tensor, slots: Slots, shape: torch.Size) -> Tensor:
+        """Put sorted rows [N*K, D] back and add the K slots of a token; rows behind the last expert hold garbage."""
+        rows = torch.where(slots.owner.any(1, keepdim=True), rows, 0)[slots.inverse]
+        return rows if shape[1] == 1 else rows.view(*shape, -1).sum(1)
+
+    @staticmethod
+    def _outer(left: Tensor, right: Tensor, slots: Slots) -> Tensor:
+        """Sum the outer products of each expert's rows, [E, ., .]; an expert without rows gets zeros."""
+        product = F.grouped_mm(left.T, right, offs=slots.ends)
+        return torch.where(slots.owner.any(0)[:, None, None], product, 0)
+
+
+def _engine(tokens: Tensor, weights: Weights, dtype: torch.dtype) -> type[Segments] | type[Grouped]:
+    """Choose by device: grouped_mm wants rows of whole 16 bytes and no float64; compiled on a CPU, bfloat16 alone."""
+    aligned = all(size * dtype.itemsize % 16 == 0 for size in weights.w1.shape[1:])
+    if dtype == torch.float64 or not aligned or tokens.shape[0] == 0:
+        return Segments
+    compiled = torch.compiler.is_compiling() and dtype == torch.bfloat16
+    return Grouped if tokens.is_cuda or compiled else Segments

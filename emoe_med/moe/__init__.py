@@ -5,45 +5,87 @@
 `ROUTERS` and `EXPERTS` are all there is to choose from: name -> (class, its options).
 """
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
-from emoe_med.moe.balance import BiasBalance
+from emoe_med.moe.balance import BALANCES
 from emoe_med.moe.basis import TrackedBasis, orthonormality_error, random_orthonormal, retract
+from emoe_med.moe.dispatch import Weights
+from emoe_med.moe.experts.base import Experts
+from emoe_med.moe.experts.eigen import EigenExpertOptions, EigenExperts
 from emoe_med.moe.experts.mlp import MLPExperts, MLPOptions
+from emoe_med.moe.homogeneity import TokenSample, collected_tokens, homogeneity
+from emoe_med.moe.interventions import (
+    ablated_expert,
+    permuted_routing,
+    random_routing,
+    rerouted,
+    without_branch,
+    worst_routing,
+)
 from emoe_med.moe.layer import MoELayer
-from emoe_med.moe.router import Router, Routing
+from emoe_med.moe.published import load_published
+from emoe_med.moe.router import Place, Router, Routing
 from emoe_med.moe.routers.eigen import EigenOptions, EigenRouter
-from emoe_med.moe.routers.fixed import RandomOptions, RandomRouter
-from emoe_med.moe.stats import RoutingStats, load_statistics
+from emoe_med.moe.routers.ermoe import ERMoEOptions, ERMoERouter
+from emoe_med.moe.routers.expert_choice import ExpertChoiceOptions, ExpertChoiceRouter
+from emoe_med.moe.routers.fixed import HashOptions, HashRouter, RandomOptions, RandomRouter
+from emoe_med.moe.routers.linear import LinearOptions, LinearRouter
+from emoe_med.moe.stats import RoutingStats, changed_share, load_statistics
 
-ROUTERS: dict[str, tuple[Callable[..., Router], Any]] = {
+ROUTERS: dict[str, tuple[type[Any], Any]] = {
     "eigen": (EigenRouter, EigenOptions),
+    "ermoe": (ERMoERouter, ERMoEOptions),
+    "linear": (LinearRouter, LinearOptions),
+    "expert_choice": (ExpertChoiceRouter, ExpertChoiceOptions),
     "random": (RandomRouter, RandomOptions),
+    "hash": (HashRouter, HashOptions),
 }
-EXPERTS: dict[str, tuple[Callable[..., nn.Module], Any]] = {
+EXPERTS: dict[str, tuple[type[Any], Any]] = {
     "mlp": (MLPExperts, MLPOptions),
+    "eigen": (EigenExperts, EigenExpertOptions),
 }
 
 __all__ = [
+    "BALANCES",
     "EXPERTS",
     "ROUTERS",
-    "BiasBalance",
+    "ERMoEOptions",
+    "ERMoERouter",
+    "EigenExpertOptions",
+    "EigenExperts",
     "EigenOptions",
     "EigenRouter",
+    "ExpertChoiceOptions",
+    "ExpertChoiceRouter",
+    "Experts",
+    "HashOptions",
+    "HashRouter",
+    "LinearOptions",
+    "LinearRouter",
     "MLPExperts",
     "MLPOptions",
     "MoELayer",
+    "Place",
     "RandomOptions",
     "RandomRouter",
     "Router",
     "Routing",
     "RoutingStats",
+    "TokenSample",
     "TrackedBasis",
+    "Weights",
+    "ablated_expert",
+    "changed_share",
+    "collected_tokens",
+    "homogeneity",
+    "load_published",
     "load_statistics",
     "orthonormality_error",
+    "permuted_routing",
     "random_orthonormal",
+    "random_routing",
+    "rerouted",
     "retract",
+    "without_branch",
+    "worst_routing",
 ]

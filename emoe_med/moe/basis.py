@@ -22,6 +22,16 @@ def retract(matrix: Tensor) -> Tensor:
     return (q * signs.unsqueeze(-2)).to(matrix.dtype)
 
 
+def retract_(frames: Tensor) -> None:
+    """Retract [..., D, R] frames in place, those alone that have left the manifold.
+
+    A frame that no step has moved keeps its bits: experts without a token stay as they are, and so does a model
+    that is saved and loaded.
+    """
+    moved = orthonormality_error(frames) > 1e-6 * frames.shape[-1] ** 0.5
+    frames.copy_(torch.where(moved[..., None, None], retract(frames), frames))
+
+
 def random_orthonormal(width: int, rank: int, generator: torch.Generator | None = None) -> Tensor:
     """Draw a [D, R] matrix with orthonormal columns, uniformly."""
     if rank > width:
@@ -30,9 +40,9 @@ def random_orthonormal(width: int, rank: int, generator: torch.Generator | None 
 
 
 def orthonormality_error(basis: Tensor) -> Tensor:
-    """Return ||U^T U - I||_F of a [D, R] basis; its square is Eq. 3 of the EMoE paper without the weight."""
-    gram = basis.float().T @ basis.float()
-    return torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], device=gram.device))
+    """Return ||U^T U - I||_F of [..., D, R] bases; its square is Eq. 3 of the EMoE paper without the weight."""
+    gram = basis.float().mT @ basis.float()
+    return torch.linalg.matrix_norm(gram - torch.eye(gram.shape[-1], device=gram.device))
 
 
 class TrackedBasis(nn.Module):

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emoe_med.moe.router import Router, Routing, sum_over_ranks
+from emoe_med.moe.experts.base import Experts
+from emoe_med.moe.router import Place, Router, Routing, sum_over_ranks
 
 
 class MoELayer(nn.Module):
@@ -18,10 +19,12 @@ class MoELayer(nn.Module):
 
     _load: Tensor
 
-    def __init__(self, router: Router, experts: nn.Module, normalise: bool = True) -> None:
+    def __init__(self, router: Router, experts: Experts, normalise: bool = True) -> None:
         super().__init__()
+        if router.needs_basis and not experts.has_basis:
+            raise ValueError(f"{type(router).__name__} needs experts with a basis, such as EigenExperts")
         self.router: Router = router
-        self.experts = experts
+        self.experts: Experts = experts
         self.normalise = normalise
         self.alpha = nn.Parameter(torch.ones(()))
         self.register_buffer("_load", torch.zeros(router.num_experts), persistent=False)
@@ -40,21 +43,25 @@ class MoELayer(nn.Module):
         """
         tokens = x.reshape(-1, x.shape[-1])
         surroundings = None if context is None else context.reshape(tokens.shape)
+        place = _place(x) if self.router.needs_place else None
         kept = None if mask is None else mask.flatten().nonzero().squeeze(1)
         if kept is not None:
             tokens = tokens.index_select(0, kept)
             surroundings = None if surroundings is None else surroundings.index_select(0, kept)
-        normal = F.layer_norm(tokens, tokens.shape[-1:]) if self.normalise else tokens
-        routing = self.router(normal, self.experts, surroundings)
+            place = None if place is None else Place(place.sample[kept], place.position[kept], place.samples)
+        tokens = self._normal(tokens)
+        surroundings = None if surroundings is None else self._normal(surroundings)
+        routing = self.router(tokens, self.experts, surroundings, place)
         if self.training:
-            with torch.no_grad():
-                used = routing.expert_index[routing.gate > 0]
-                self._load += torch.bincount(used, minlength=self.router.num_experts)
-        branch = self.alpha * self.experts(normal, routing)
+            self._load += routing.load()
+        branch = self.experts(tokens, routing, self.alpha)
         if kept is None:
             return x + branch.view_as(x), routing
         flat = x.reshape(-1, x.shape[-1])
         return flat.index_add(0, kept, branch.to(flat.dtype)).view_as(x), routing
+
+    def _normal(self, tokens: Tensor) -> Tensor:
+        return F.layer_norm(tokens, tokens.shape[-1:]) if self.normalise else tokens
 
     def expert_parameters(self) -> list[nn.Parameter]:
         """Parameters whose first axis is the expert axis."""
@@ -72,5 +79,12 @@ class MoELayer(nn.Module):
         return idle
 
     def after_step(self) -> None:
-        """Move the router's state once per optimiser step."""
+        """Move the state of router and experts once per optimiser step."""
         self.router.after_step()
+        self.experts.after_step()
+
+
+def _place(x: Tensor) -> Place:
+    samples, length, _ = x.shape
+    index = torch.arange(samples * length, device=x.device)
+    return Place(index // length, index % length, samples)

@@ -7,10 +7,13 @@ E experts, K experts per token, R rank of the basis, b hidden width of an expert
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from emoe_med.moe.experts.base import Experts
 
 GateScale = Literal["prob", "one", "prob_times_E"]
 
@@ -21,7 +24,8 @@ class Routing:
 
     Attributes:
         expert_index: [N, K] int64 in [0, E).
-        gate: [N, K] float32, combine weight >= 0; exactly 0 means that this slot was dropped.
+        gate: [N, K] float32, combine weight >= 0; exactly 0 means that this slot was dropped: it is not
+            computed and gets no gradient.
         probs: [N, E] float32, the distribution before selection; rows sum to 1.
         aux_loss: [] ready to be added to the task loss.
     """
@@ -31,13 +35,49 @@ class Routing:
     probs: Tensor
     aux_loss: Tensor
 
+    def load(self) -> Tensor:
+        """Count the slots that each expert serves, [E] int64; by comparison, which no GPU has to wait for."""
+        experts = torch.arange(self.probs.shape[1], device=self.gate.device)
+        served = (self.expert_index.unsqueeze(-1) == experts) & (self.gate > 0).unsqueeze(-1)
+        return served.sum(dim=(0, 1))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the N tokens of a call come from.
+
+    Attributes:
+        sample: [N] int64 in [0, samples): the image or volume of each token.
+        position: [N] int64: its place in the sample's grid, the same for all samples.
+        samples: B.
+    """
+
+    sample: Tensor
+    position: Tensor
+    samples: int
+
+    @classmethod
+    def alone(cls, tokens: Tensor) -> Place:
+        """Take tokens [N, D] for one sample, in order."""
+        position = torch.arange(tokens.shape[0], device=tokens.device)
+        return cls(torch.zeros_like(position), position, 1)
+
 
 class Router(nn.Module):
     """Base of all routers: maps tokens [N, D] to a `Routing`.
 
     `forward` is pure: it changes no parameter and no persistent buffer. In training mode it may add
     detached sums to non-persistent accumulators, which `after_step` consumes once per optimiser step.
+
+    Attributes:
+        needs_context: the caller must hand in the tokens' surroundings.
+        needs_basis: the experts must have a `basis()`.
+        needs_place: the caller should tell sample and position of the tokens.
     """
+
+    needs_context = False
+    needs_basis = False
+    needs_place = False
 
     def __init__(self, num_experts: int, top_k: int) -> None:
         super().__init__()
@@ -46,8 +86,18 @@ class Router(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
 
-    def forward(self, tokens: Tensor, experts: nn.Module, context: Tensor | None = None) -> Routing:
-        """Route tokens [N, D]; `context` [N, D] serves routers that compare a token with its surroundings."""
+    def forward(
+        self, tokens: Tensor, experts: Experts, context: Tensor | None = None, place: Place | None = None
+    ) -> Routing:
+        """Route tokens.
+
+        Args:
+            tokens: [N, D].
+            experts: for routers that score a token against the experts themselves.
+            context: [N, D], the tokens' surroundings, for routers that compare the two.
+            place: sample and position of each token, for routers that choose within a sample or by position;
+                without it the tokens are taken for one sample in order.
+        """
         raise NotImplementedError
 
     def after_step(self) -> None:
@@ -58,21 +108,16 @@ class Router(nn.Module):
         return {}
 
 
-def select(probs: Tensor, top_k: int, bias: Tensor | None = None) -> Tensor:
-    """Choose the top_k experts of every token by probability plus a selection-only bias.
+def select(scores: Tensor, top_k: int) -> Tensor:
+    """Choose the top_k experts of every token, [N, K] int64, best first; no gradient.
 
     Args:
-        probs: [N, E].
+        scores: [N, E], what to rank by: probabilities, or these plus a selection-only bias.
         top_k: K.
-        bias: [E], added for the selection alone (Wang et al. 2024, arXiv 2408.15664).
-
-    Returns:
-        [N, K] int64, best first.
     """
-    preference = probs.detach() if bias is None else probs.detach() + bias
     if top_k == 1:  # argmax is several times cheaper than topk
-        return preference.argmax(dim=-1, keepdim=True)
-    return preference.topk(top_k, dim=-1).indices
+        return scores.detach().argmax(dim=-1, keepdim=True)
+    return scores.detach().topk(top_k, dim=-1).indices
 
 
 def gate_values(probs: Tensor, expert_index: Tensor, scale: GateScale) -> Tensor:

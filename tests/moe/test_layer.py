@@ -3,15 +3,7 @@ import sys
 
 import torch
 
-from emoe_med.moe import (
-    EigenOptions,
-    EigenRouter,
-    MLPExperts,
-    MLPOptions,
-    MoELayer,
-    RandomOptions,
-    RandomRouter,
-)
+from emoe_med.moe import EigenOptions, EigenRouter, MLPExperts, MLPOptions, MoELayer, RandomOptions, RandomRouter
 
 
 def layer(width=12, experts=4, top_k=1):

@@ -6,15 +6,16 @@ an option here; see docs/method.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from emoe_med.moe.balance import BiasBalance
-from emoe_med.moe.basis import TrackedBasis, orthonormality_error, random_orthonormal, retract
-from emoe_med.moe.router import GateScale, Router, Routing, gate_values, select
+from emoe_med.moe.balance import BALANCES
+from emoe_med.moe.basis import TrackedBasis, orthonormality_error, random_orthonormal, retract_
+from emoe_med.moe.experts.base import Experts
+from emoe_med.moe.router import GateScale, Place, Router, Routing, gate_values, select
 
 
 @dataclass(frozen=True)
@@ -24,24 +25,41 @@ class EigenOptions:
     Attributes:
         rank: R; the basis is as wide as the tokens at most.
         basis: `tracked` follows the principal subspace of the tokens (no task gradient); `learned` is a
-            parameter with task gradient, retracted after each step; `fixed` stays as drawn (control).
+            parameter with task gradient, retracted after each step; `fixed` stays as drawn (control);
+            `paper_code` is the published layer, see `EigenOptions.paper_code`.
         rotation: `learned` lets the task choose the directions inside the tracked or fixed subspace; with it,
             speak of the principal subspace, never of principal directions. A learned basis needs none.
         centre: subtract the running mean of the tokens; needed after a ReLU, where all features share a mean.
         gate: scale of the combine weight, see `gate_values`.
-        balance: `bias` is the gradient-free selection bias; `none` is the paper read literally.
+        balance: see `balance.BALANCES`; `bias` is the gradient-free selection bias, `none` the paper read
+            literally. `importance_load` needs router noise, which this router has not.
+        balance_strength: step of the bias or weight of the loss; None is the published one.
         temperature: of the softmax over experts (tau).
         ortho_loss: weight of Eq. 3; a no-op next to retraction, which keeps the basis orthonormal anyway.
     """
 
     rank: int = 32
-    basis: Literal["tracked", "learned", "fixed"] = "tracked"
+    basis: Literal["tracked", "learned", "fixed", "paper_code"] = "tracked"
     rotation: Literal["learned", "none"] = "learned"
     centre: bool = True
     gate: GateScale = "prob_times_E"
-    balance: Literal["bias", "none"] = "bias"
+    balance: Literal["none", "bias", "bias_sign", "switch"] = "bias"
+    balance_strength: float | None = None
     temperature: float = 1.0
     ortho_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.basis == "paper_code" and (self.centre or self.rotation != "none"):
+            raise ValueError("the published layer neither centres nor rotates: set centre: false, rotation: none")
+
+    @classmethod
+    def paper_code(cls, **changes: Any) -> EigenOptions:
+        """Give the settings of the authors' published layer; `changes` go on top.
+
+        It stands after a whole block on the stream as it is: `MoELayer(..., normalise=False)`.
+        """
+        published = cls(128, "paper_code", "none", centre=False, gate="prob", balance="none", ortho_loss=5e-4)
+        return replace(published, **changes)
 
 
 class EigenRouter(Router):
@@ -57,6 +75,8 @@ class EigenRouter(Router):
     EPS = 1e-6
 
     fixed: Tensor
+    P: Tensor
+    log_lambda: Tensor
 
     def __init__(self, width: int, num_experts: int, top_k: int, options: EigenOptions) -> None:
         super().__init__(num_experts, top_k)
@@ -66,17 +86,21 @@ class EigenRouter(Router):
         self.tracked = TrackedBasis(width, rank, centre=options.centre)
         self.rotation: nn.Parameter | None = None
         self.learned: nn.Parameter | None = None
-        if options.basis == "learned":
+        if options.basis in ("learned", "paper_code"):
             self.learned = nn.Parameter(random_orthonormal(width, rank))
-        else:
-            if options.basis == "fixed":
-                self.register_buffer("fixed", random_orthonormal(width, rank))
-            if options.rotation == "learned":
-                self.rotation = nn.Parameter(random_orthonormal(rank, rank))
+        elif options.basis == "fixed":
+            self.register_buffer("fixed", random_orthonormal(width, rank))
+        if options.basis == "paper_code":
+            # the other factor of an eigen-factorised weight that the published forward pass never uses: buffers,
+            # since a parameter without a gradient stops distributed training
+            self.register_buffer("P", random_orthonormal(width, rank))
+            self.register_buffer("log_lambda", torch.zeros(rank))
+        if options.basis in ("tracked", "fixed") and options.rotation == "learned":
+            self.rotation = nn.Parameter(random_orthonormal(rank, rank))
         self.gamma = nn.Parameter(torch.ones(rank))
         self.mix_logits = nn.Parameter(torch.randn(rank, num_experts))
         self.expert_bias = nn.Parameter(torch.zeros(num_experts))
-        self.balance = BiasBalance(num_experts) if options.balance == "bias" else None
+        self.balance = BALANCES[options.balance](num_experts, options.balance_strength)
 
     def no_weight_decay(self) -> list[nn.Parameter]:
         """Parameters that are not magnitudes to be shrunk: orthonormal frames and the softmaxed mix."""
@@ -95,31 +119,46 @@ class EigenRouter(Router):
         squares = projection.square()
         return squares / (squares.sum(-1, keepdim=True) + self.EPS)
 
-    def forward(self, tokens: Tensor, experts: nn.Module, context: Tensor | None = None) -> Routing:
+    def forward(
+        self, tokens: Tensor, experts: Experts, context: Tensor | None = None, place: Place | None = None
+    ) -> Routing:
         """Route tokens [N, D] in float32 whatever the ambient precision: margins are about 1e-3."""
         with torch.autocast(tokens.device.type, enabled=False):
             mix = self.gamma.unsqueeze(1) * self.mix_logits.softmax(dim=-1)
             scores = self.energies(tokens) @ mix + self.expert_bias
             probs = (scores / self.options.temperature).softmax(dim=-1)
-            index = select(probs, self.top_k, None if self.balance is None else self.balance.bias)
+            index = select(self.balance.preference(probs), self.top_k)
             if self.training:
                 self.tracked.observe(tokens)
-                if self.balance is not None:
-                    self.balance.observe(probs.detach(), index)
-            aux_loss = probs.new_zeros(())
-            if self.options.ortho_loss and self.learned is not None:
-                aux_loss = self.options.ortho_loss * orthonormality_error(self.learned).square()
+                self.balance.observe(probs.detach(), index)
+            aux_loss = self.balance.loss(probs, index)
+            if self.options.ortho_loss:
+                aux_loss = aux_loss + self.options.ortho_loss * self._ortho_penalty()
         return Routing(index, gate_values(probs, index, self.options.gate), probs, aux_loss)
+
+    def _ortho_penalty(self) -> Tensor:
+        frames = {"paper_code": [self.learned, getattr(self, "P", None)], "learned": [self.learned]}
+        found = [orthonormality_error(f).square() for f in frames.get(self.options.basis, []) if f is not None]
+        return torch.stack(found).sum() if found else self.gamma.new_zeros(())
+
+    def train(self, mode: bool = True) -> EigenRouter:
+        """Enter or leave training; published weights were stored before their retraction, which is due first."""
+        if mode and self.options.basis == "paper_code":
+            self._retract()
+        return super().train(mode)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Track the covariance, retract learned frames, move the balance bias."""
         self.tracked.after_step()
-        for frame in (self.learned, self.rotation):
+        self._retract()
+        self.balance.after_step()
+
+    @torch.no_grad()
+    def _retract(self) -> None:
+        for frame in (self.learned, self.rotation, self._buffers.get("P")):
             if frame is not None:
-                frame.copy_(retract(frame))
-        if self.balance is not None:
-            self.balance.after_step()
+                retract_(frame)
 
     @torch.no_grad()
     def health(self) -> dict[str, float]:

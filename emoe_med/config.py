@@ -64,6 +64,7 @@ class MoEConfig(Section):
     top_k: int = Field(1, ge=1)
     router: dict[str, Any] = Field({"kind": "eigen"}, validate_default=True, description="kind and options")
     experts: dict[str, Any] = Field({"kind": "mlp"}, validate_default=True, description="kind and options")
+    normalise: bool = Field(True, description="layer norm before router and experts; the published code has none")
 
     @field_validator("router", "experts")
     @classmethod
@@ -85,6 +86,15 @@ class MoEConfig(Section):
     def _enough_experts(self) -> MoEConfig:
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is larger than num_experts {self.num_experts}")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_with_a_basis(self) -> MoEConfig:
+        from emoe_med.moe import EXPERTS, ROUTERS
+
+        if ROUTERS[self.router["kind"]][0].needs_basis and not EXPERTS[self.experts["kind"]][0].has_basis:
+            with_basis = ", ".join(kind for kind, (experts, _) in EXPERTS.items() if experts.has_basis)
+            raise ValueError(f"router {self.router['kind']} needs experts with a basis: kind {with_basis}")
         return self
 
 

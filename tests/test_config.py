@@ -53,6 +53,9 @@ def test_scientific_numbers_are_numbers_and_the_dump_reads_back(tmp_path):
         ("name: ../x\ntraining: {epochs: 1, lr: 1}\n", "name"),
         (SMALL + "model: {moe: {after_block: 1, router: {kind: eigne}}}\n", "eigne"),
         (SMALL + "model: {moe: {after_block: 1, top_k: 9}}\n", "top_k"),
+        (SMALL + "model: {moe: {after_block: 1, router: {kind: ermoe}}}\n", "needs experts with a basis: kind eigen"),
+        (SMALL + "model: {moe: {after_block: 1, router: {kind: linear, noise: 0}}}\n", "importance_load needs noise"),
+        (SMALL + "model: {moe: {after_block: 1, router: {kind: eigen, basis: paper_code}}}\n", "neither centres"),
     ],
 )
 def test_refused_with_the_key(tmp_path, text, told, monkeypatch):

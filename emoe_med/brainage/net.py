@@ -47,6 +47,7 @@ def build_layer(config: MoEConfig, width: int) -> MoELayer:
     return MoELayer(
         router(width, config.num_experts, config.top_k, router_options(**_options(config.router))),
         experts(width, config.num_experts, expert_options(**_options(config.experts))),
+        normalise=config.normalise,
     )
 
 

@@ -105,10 +105,21 @@ class SFCN(nn.Module):
     @staticmethod
     def _route(moe: MoELayer, x: Tensor, mask: Tensor) -> tuple[Tensor, Routing]:
         grid = x.shape[2:]
-        # a free view in channels_last_3d memory
-        tokens = x.permute(0, 2, 3, 4, 1).flatten(1, 3)
-        tokens, routed = moe(tokens, mask)
+        context = _tokens(_local_mean(x, mask)) if moe.router.needs_context else None
+        tokens, routed = moe(_tokens(x), mask, context)
         return tokens.unflatten(1, grid).permute(0, 4, 1, 2, 3), routed
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """Turn a map [B, C, X, Y, Z] into tokens [B, XYZ, C]; a free view in channels_last_3d memory."""
+    return x.permute(0, 2, 3, 4, 1).flatten(1, 3)
+
+
+def _local_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Average a map [B, C, X, Y, Z] over the brain cells (mask [B, XYZ]) among the 3^3 around each cell."""
+    inside = mask.unflatten(1, x.shape[2:]).unsqueeze(1).to(x.dtype)
+    total, share = (F.avg_pool3d(part, 3, stride=1, padding=1) for part in (x * inside, inside))
+    return total / share.clamp_min(1 / 27)
 
 
 def fold_space(x: Tensor, edge: int) -> Tensor:

@@ -3,8 +3,18 @@ import torch
 from scipy import stats
 
 from emoe_med.models.heads import L1Head, SoftLabelHead, TrainingAges
-from emoe_med.models.sfcn import SFCN, SFCNOptions, fold_space
-from emoe_med.moe import EigenOptions, EigenRouter, MLPExperts, MLPOptions, MoELayer
+from emoe_med.models.sfcn import SFCN, SFCNOptions, _local_mean, fold_space
+from emoe_med.moe import (
+    EigenExpertOptions,
+    EigenExperts,
+    EigenOptions,
+    EigenRouter,
+    ERMoEOptions,
+    ERMoERouter,
+    MLPExperts,
+    MLPOptions,
+    MoELayer,
+)
 
 
 def routed_layer(width):
@@ -81,3 +91,24 @@ def test_l1_head_is_in_training_standard_deviations():
     output = torch.tensor([[0.0], [1.0]])
     assert l1.predict(output).tolist() == [50.0, 60.0]
     assert l1.loss(output, torch.tensor([55.0, 60.0])).tolist() == pytest.approx([0.5, 0.0])
+
+
+def test_context_is_the_mean_over_neighbouring_cells_with_brain():
+    x = torch.randn(2, 3, 4, 5, 4)
+    mask = torch.rand(2, 4 * 5 * 4) > 0.4
+    got, inside = _local_mean(x, mask), mask.view(2, 4, 5, 4)
+    for b, i, j, k in inside.nonzero().tolist():
+        near = (slice(max(0, n - 1), n + 2) for n in (i, j, k))
+        cube = (b, *near)
+        want = x.movedim(1, -1)[cube][inside[cube]].mean(0)
+        torch.testing.assert_close(got[b, :, i, j, k], want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_router_that_asks_for_context_gets_it():
+    layer = MoELayer(ERMoERouter(16, 4, 2, ERMoEOptions()), EigenExperts(16, 4, EigenExpertOptions()))
+    torch.nn.init.normal_(layer.experts.s)
+    net = small(moe=layer, moe_after=2).train()
+    out = net(head())
+    out.output.square().sum().backward()
+    assert layer.experts.U.grad.abs().sum() > 0
+    assert out.routing["block2"].expert_index.shape[1] == 2

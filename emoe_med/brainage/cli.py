@@ -6,11 +6,11 @@ import logging
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
-from emoe_med.errors import EmoeError
+from emoe_med.errors import EXIT_SIGINT, EmoeError, Fault, StorageError
 
 
 def verb(command: Callable[..., None]) -> Callable[..., None]:
@@ -23,11 +23,21 @@ def verb(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except EmoeError as error:
-            for fault in error.faults:
-                typer.echo(str(fault), err=True)
-            raise typer.Exit(error.exit_code) from None
+            _end(error)
+        except BrokenPipeError:
+            raise  # whoever reads the output has enough of it
+        except OSError as error:
+            _end(StorageError(Fault("STORE-OS", error.strerror or str(error), error.filename)))
+        except KeyboardInterrupt:
+            raise typer.Exit(EXIT_SIGINT) from None
 
     return run
+
+
+def _end(error: EmoeError) -> NoReturn:
+    for fault in error.faults:
+        typer.echo(str(fault), err=True)
+    raise typer.Exit(error.exit_code) from None
 
 
 def say(text: str) -> None:

@@ -22,6 +22,7 @@ from emoe_med.config import BrainAgeConfig, dump_run, load_run
 from emoe_med.data.manifest import Manifest
 from emoe_med.data.splits import split_warnings
 from emoe_med.errors import CheckpointError, ConfigError, Fault
+from emoe_med.training.journal import read_journal
 from emoe_med.training.loop import fit
 from emoe_med.training.progress import counted
 from emoe_med.training.run_folder import replace_file
@@ -74,7 +75,7 @@ def train(
     with _tracker(group, out, config, "group"):
         pass  # the parent exists from now on; its children name it
     for fold, run_dir in zip(folds, run_dirs, strict=True):
-        if not (run_dir / "metrics.json").is_file():
+        if not _is_done(run_dir):
             _train_fold(config, cohort, out, run_dir, fold, digests[fold], resume, synthetic)
     _summarise(config, out, group)
     return run_dirs
@@ -100,6 +101,12 @@ def _check_folders(run_dirs: list[Path], resume: bool) -> None:
     if used and not resume:
         hint = "give --resume to go on, or another --out or --set name="
         raise ConfigError(*(Fault("RUN-EXISTS", "this run folder is in use", str(d), hint=hint) for d in used))
+
+
+def _is_done(run_dir: Path) -> bool:
+    """Whether a run came to its end: its record says so after report and figures were written."""
+    events = (event for _, event in read_journal(run_dir / "journal.jsonl") if event["kind"] == "status")
+    return [event["status"] for event in events][-1:] == ["FINISHED"]
 
 
 def _check_arm(config: BrainAgeConfig, group: Path) -> None:

@@ -128,6 +128,34 @@ def test_a_second_start_is_refused_and_resume_skips_what_is_done(trained, cohort
     assert (trained / "tiny_emoe" / "seed0-fold0" / "metrics.json").stat().st_mtime_ns == before
 
 
+def test_a_run_that_failed_in_its_last_file_is_finished_by_resume(cohort, tmp_path):
+    config = write_config(tmp_path, "late")
+    command = ("train", "--manifest", cohort, "--config", config, "--out", tmp_path)
+    run_dir = tmp_path / "late" / "seed0-fold0"
+    run_dir.mkdir(parents=True)
+    (run_dir / "report").write_text("in the way")
+    failed = run(*command, code=6).output
+    assert "error STORE-OS" in failed
+    assert str(run_dir / "report") in failed
+    assert (run_dir / "metrics.json").is_file()
+    (run_dir / "report").unlink()
+    run(*command, "--resume")
+    assert (run_dir / "report" / "report.html").is_file()
+    journal = [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
+    assert [event["folder"] for event in journal if event["kind"] == "artifact"] == ["report", "metrics"]
+    assert sum("test/mae" in event.get("values", {}) for event in journal) == 1
+
+
+@pytest.mark.parametrize("option", ["--out", "--cache"])
+def test_a_folder_that_cannot_be_made_is_one_line(cohort, tmp_path, option):
+    (tmp_path / "file").touch()
+    config = write_config(tmp_path, "nowhere")
+    where = {"--out": tmp_path / "out", "--cache": tmp_path / "cache"} | {option: tmp_path / "file" / "x"}
+    places = [part for place in where.items() for part in place]
+    lines = run("train", "--manifest", cohort, "--config", config, *places, code=6).output.splitlines()
+    assert [line for line in lines if line.startswith("error")] == lines[-1:]
+
+
 def test_evaluate_again_gives_the_same_figures(trained):
     path = trained / "tiny_cnn" / "seed0-fold0" / "metrics.json"
     before, table = json.loads(path.read_text()), (path.parent / "predictions" / "test.csv").read_text()

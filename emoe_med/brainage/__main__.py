@@ -22,11 +22,18 @@ app.add_typer(manifest_app, name="manifest")
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs" / "brainage"
 
+
+def _run_folder(path: Path) -> Path:
+    if not (path / "config.yaml").is_file():
+        raise typer.BadParameter(f"{path} holds no run; name the folder of a fold, as runs/emoe_4mm/seed0-fold0")
+    return path
+
+
 ManifestOption = Annotated[Path, typer.Option("--manifest", help="CSV or TSV: one scan a row")]
 RootOption = Annotated[Path | None, typer.Option("--data-root", help="folder of the manifest's relative paths")]
 OutOption = Annotated[Path, typer.Option("--out", help="folder of all runs, their cache and the tracking store")]
 JobsOption = Annotated[int, typer.Option("--jobs", min=0, help="scans read at once; 0 is one by one")]
-RunOption = Annotated[Path, typer.Option("--run", help="folder of one fold and seed")]
+RunOption = Annotated[Path, typer.Option("--run", help="folder of one fold and seed", callback=_run_folder)]
 JsonOption = Annotated[bool, typer.Option("--json", help="print a machine-readable summary")]
 
 

@@ -55,7 +55,7 @@ def predict(run_dir: Path, source: Path, output: Path, cache_dir: Path, data_roo
     found = pd.concat([_looked_at(found, model), refused]).sort_values("row", kind="stable")
     found["model"] = f"{model.config.name}-seed{model.config.training.seed}"
     found["chain"] = model.contract["chain"]["digest"]
-    table = found.reindex(columns=COLUMNS)
+    table = found.reindex(columns=COLUMNS).infer_objects()  # else numbers beside missing ones keep every digit
     output.parent.mkdir(parents=True, exist_ok=True)
     replace_file(output, table.to_csv(index=False, float_format="%.3f").encode())
     return table

@@ -261,6 +261,10 @@ def test_predict_on_a_folder_finds_the_masks_beside_the_heads(trained, cohort, t
     found = pd.read_csv(tmp_path / "ages.csv")
     assert found["status"].tolist() == ["ok", "ok"]
     assert found["participant_id"].tolist() == scans["participant_id"].tolist()
+    written = pd.read_csv(tmp_path / "ages.csv", dtype="str")["predicted_age"]
+    assert written.str.fullmatch(r"\d+\.\d{3}").all()
+    for verb in (("predict", "-i", tmp_path, "-o", tmp_path / "none.csv"), ("evaluate",)):
+        assert "holds no run" in run(*verb, "--run", run_dir.parent, code=2).output
 
 
 def test_a_resume_with_another_configuration_or_manifest_touches_nothing(trained, cohort, tmp_path):

@@ -17,15 +17,20 @@ from emoe_med.brainage.inference import (
     TrainedModel,
     branch_norms,
     collected_routing,
-    permuted_routing,
     predict_scans,
-    without_branch,
 )
 from emoe_med.brainage.metrics import Bootstrap, evaluate
 from emoe_med.brainage.report import write_report, write_shared_metrics
 from emoe_med.data.manifest import Manifest
 from emoe_med.errors import DataError, Fault
-from emoe_med.moe import RoutingStats
+from emoe_med.moe import (
+    RoutingStats,
+    TokenSample,
+    collected_tokens,
+    homogeneity,
+    permuted_routing,
+    without_branch,
+)
 from emoe_med.training.progress import counted
 from emoe_med.training.run_folder import replace_file
 
@@ -216,8 +221,11 @@ def routing_report(model: TrainedModel, cohort: Cohort, indices: list[int], boot
 
     stats: dict[str, RoutingStats] = {}
     layers = model.net.routed_layers()
+    samples = {name: TokenSample() for name in layers}
     with ExitStack() as stack:
         norms = {name: stack.enter_context(branch_norms(layer)) for name, layer in layers.items()}
+        for name, layer in layers.items():
+            stack.enter_context(collected_tokens(layer, samples[name]))
         stack.enter_context(collected_routing(model.net, stats))
         intact = errors()
     persons = cohort.table()["participant_id"].to_numpy()[indices]
@@ -227,6 +235,7 @@ def routing_report(model: TrainedModel, cohort: Cohort, indices: list[int], boot
         summary["branch_over_stream"] = float(np.mean(norms[name]))
         summary["alpha"] = float(layer.alpha.detach())
         summary |= layer.router.health()
+        summary |= homogeneity(layer.experts, samples[name].tokens.to(layer.alpha.device))
         with without_branch(layer):
             summary["mae_without_branch"] = paired_difference(errors(), intact, persons, bootstrap)
         if layer.router.num_experts > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,36 +132,6 @@ def collected_routing(net: BrainAgeNet, stats: dict[str, RoutingStats]):
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def permuted_routing(layer: MoELayer, seed: int):
-    """Give every token the experts and gates of another token of its batch, drawn at random.
-
-    The load stays as it was and only the assignment is lost; what the error gains is the value of routing.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def permute(module: torch.nn.Module, args: Any, routing: Routing) -> Routing:
-        order = torch.randperm(len(routing.gate), generator=generator).to(routing.gate.device)
-        return replace(routing, expert_index=routing.expert_index[order], gate=routing.gate[order])
-
-    handle = layer.router.register_forward_hook(permute)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def without_branch(layer: MoELayer):
-    """Switch the routed branch off; what the error gains is the value of the whole layer."""
-    alpha = layer.alpha.detach().clone()
-    layer.alpha.data.zero_()
-    try:
-        yield
-    finally:
-        layer.alpha.data.copy_(alpha)
 
 
 @contextmanager

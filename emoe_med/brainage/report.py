@@ -59,6 +59,8 @@ ROUTING = {
     "subspace_overlap": "overlap with the exact subspace (1 is equal)",
     "orthonormality_error": "orthonormality error of the basis",
     "branch_over_stream": "size of the branch, share of the stream",
+    "output_cosine": "cosine of two experts' outputs (1 is equal)",
+    "output_cka": "similarity of two experts' outputs, CKA (1 is equal)",
 }
 # gains in mean absolute error, years, each with its interval
 ROUTING_VALUE = {

@@ -8,7 +8,7 @@
 from typing import Any
 
 from emoe_med.moe.balance import BALANCES
-from emoe_med.moe.basis import TrackedBasis, orthonormality_error, random_orthonormal, retract
+from emoe_med.moe.basis import TokenMoments, TrackedBasis, orthonormality_error, random_orthonormal, retract
 from emoe_med.moe.dispatch import Weights
 from emoe_med.moe.experts.base import Experts
 from emoe_med.moe.experts.eigen import EigenExpertOptions, EigenExperts
@@ -71,6 +71,7 @@ __all__ = [
     "Router",
     "Routing",
     "RoutingStats",
+    "TokenMoments",
     "TokenSample",
     "TrackedBasis",
     "Weights",

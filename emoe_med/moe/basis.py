@@ -45,22 +45,21 @@ def orthonormality_error(basis: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(gram - torch.eye(gram.shape[-1], device=gram.device))
 
 
-class TrackedBasis(nn.Module):
-    """Follow the top-R eigenvectors of the token covariance by averaged orthogonal iteration.
+class TokenMoments(nn.Module):
+    """Running mean and covariance of the tokens, against which any basis can be judged.
 
     Per optimiser step: covariance C <- (1-w) C + w C_batch with w = max(1 - decay, 1/step), so that the
-    first steps are a plain average; U <- qr(C U). At the first step U is taken from an eigendecomposition.
-    The span is right within tens of steps, the single vectors within hundreds, and both move smoothly, which
-    the rows of the expert mix rely on.
+    first steps are a plain average; the mean likewise, or 0 where tokens are not centred.
 
-    Buffers: `basis` [D, R], `covariance` [D, D], `mean` [D], `step` [].
-    Source: H^T H / N of arXiv 2601.12137, section 2; orthogonal iteration, Golub & Van Loan 8.2.
+    D x D statistics of more than `max_tokens` a step cost time and no longer change them; of more, every n-th is
+    taken.
+
+    Buffers: `covariance` [D, D], `mean` [D], `step` [].
+    Source: H^T H / N of arXiv 2601.12137, section 2.
     """
 
-    # D x D statistics of more tokens cost time and no longer change the subspace
     MAX_TOKENS = 4096
 
-    basis: Tensor
     covariance: Tensor
     mean: Tensor
     step: Tensor
@@ -68,11 +67,11 @@ class TrackedBasis(nn.Module):
     _sum: Tensor
     _outer: Tensor
 
-    def __init__(self, width: int, rank: int, centre: bool = True, decay: float = 0.99) -> None:
+    def __init__(self, width: int, centre: bool = True, decay: float = 0.99, max_tokens: int = MAX_TOKENS) -> None:
         super().__init__()
         self.centre = centre
         self.decay = decay
-        self.register_buffer("basis", random_orthonormal(width, rank))
+        self.max_tokens = max_tokens
         self.register_buffer("covariance", torch.zeros(width, width))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -83,17 +82,18 @@ class TrackedBasis(nn.Module):
     @torch.no_grad()
     def observe(self, tokens: Tensor) -> None:
         """Add the first and second moments of tokens [N, D] to the accumulators."""
-        stride = -(-tokens.shape[0] // self.MAX_TOKENS) or 1
+        stride = -(-tokens.shape[0] // self.max_tokens) or 1
         sample = tokens.detach()[::stride].float()
         self._count += sample.shape[0]
         self._sum += sample.sum(0)
         self._outer += sample.T @ sample
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Average what was observed since the last step over all ranks and move the basis once."""
+    def after_step(self) -> bool:
+        """Average in what was observed since the last step over all ranks; False where that was nothing."""
         sum_over_ranks(self._count, self._sum, self._outer)
-        if self._count > 0:
+        seen = bool(self._count > 0)
+        if seen:
             self.step += 1
             weight = max(1 - self.decay, 1 / int(self.step))
             batch_mean = self._sum / self._count
@@ -103,19 +103,16 @@ class TrackedBasis(nn.Module):
             second_moment = self._outer / self._count
             batch_covariance = second_moment - cross - cross.T + torch.outer(self.mean, self.mean)
             self.covariance.lerp_(batch_covariance, weight)
-            if self.step == 1:
-                self.basis.copy_(self.exact())
-            else:
-                self.basis.copy_(retract(self.covariance @ self.basis))
         for accumulator in (self._count, self._sum, self._outer):
             accumulator.zero_()
+        return seen
 
-    def exact(self) -> Tensor:
-        """Return the top-R eigenvectors [D, R] of the tracked covariance, largest first."""
-        return torch.linalg.eigh(self.covariance).eigenvectors.flip(-1)[:, : self.basis.shape[1]]
+    def exact(self, rank: int) -> Tensor:
+        """Return the top eigenvectors [D, rank] of the covariance, largest first."""
+        return torch.linalg.eigh(self.covariance).eigenvectors.flip(-1)[:, :rank]
 
     def judge(self, directions: Tensor) -> dict[str, float]:
-        """Compare orthonormal directions [D, R] with the exact eigenvectors of the tracked covariance.
+        """Compare orthonormal directions [D, R] with the exact eigenvectors of the covariance.
 
         Returns:
             captured_variance: tr(V^T C V) over the most that any R directions can capture; 1 is exact.
@@ -123,7 +120,7 @@ class TrackedBasis(nn.Module):
             alignment: mean over eigenvectors of the largest squared cosine with a direction.
             orthonormality_error: ||V^T V - I||_F.
         """
-        directions, exact = directions.float(), self.exact()
+        directions, exact = directions.float(), self.exact(directions.shape[1])
         held = torch.trace(directions.T @ self.covariance @ directions)
         best = torch.trace(exact.T @ self.covariance @ exact).clamp_min(1e-12)
         cosines = (directions.T @ exact).square()
@@ -133,3 +130,30 @@ class TrackedBasis(nn.Module):
             "alignment": float(cosines.max(0).values.mean()),
             "orthonormality_error": float(orthonormality_error(directions)),
         }
+
+
+class TrackedBasis(TokenMoments):
+    """Follow the top-R eigenvectors of the token covariance by averaged orthogonal iteration.
+
+    After each step U <- qr(C U); at the first, U is taken from an eigendecomposition. The span is right within
+    tens of steps, the single vectors within hundreds, and both move smoothly, which the rows of the expert mix
+    rely on.
+
+    Buffers: `basis` [D, R], and those of `TokenMoments`.
+    Source: orthogonal iteration, Golub & Van Loan 8.2.
+    """
+
+    basis: Tensor
+
+    def __init__(self, width: int, rank: int, centre: bool = True, decay: float = 0.99) -> None:
+        super().__init__(width, centre, decay)
+        self.register_buffer("basis", random_orthonormal(width, rank))
+
+    @torch.no_grad()
+    def after_step(self) -> bool:
+        """Average in what was observed, and move the basis once."""
+        seen = super().after_step()
+        if seen:
+            rank = self.basis.shape[1]
+            self.basis.copy_(self.exact(rank) if self.step == 1 else retract(self.covariance @ self.basis))
+        return seen

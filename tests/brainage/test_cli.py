@@ -88,6 +88,7 @@ def test_training_leaves_the_run_folder_of_the_design(trained):
     assert routing["orthonormality_error"] < 1e-4
     assert routing["captured_variance"] > 0.9
     assert {"mae_permuted_routing", "mae_without_branch", "branch_over_stream"} <= set(routing)
+    assert {"output_cosine", "output_cka", "overlap_w1", "overlap_w2", "max_vio_batch"} <= set(routing)
     assert "routing" not in json.loads((trained / "tiny_cnn" / "seed0-fold0" / "metrics.json").read_text())
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from emoe_med.brainage.cohort import chain_options, prepare_cohort
-from emoe_med.brainage.inference import branch_norms, collected_routing, permuted_routing, without_branch
+from emoe_med.brainage.inference import branch_norms, collected_routing
 from emoe_med.brainage.net import BrainAgeNet
 from emoe_med.config import BrainAgeConfig, ModelConfig, MoEConfig
 from emoe_med.data.brain import ChainOptions
@@ -16,6 +16,7 @@ from emoe_med.data.cohort import write_cohort
 from emoe_med.data.manifest import read_manifest
 from emoe_med.errors import DataError
 from emoe_med.models.heads import TrainingAges
+from emoe_med.moe import permuted_routing, without_branch
 
 CONFIG = BrainAgeConfig(name="x", training={"epochs": 1, "lr": 1e-3})
 

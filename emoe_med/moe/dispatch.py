@@ -13,7 +13,7 @@ Two engines, one meaning:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,9 +42,16 @@ class Weights(NamedTuple):
 
 
 def grouped_mlp(
-    tokens: Tensor, expert_index: Tensor, gate: Tensor, weights: Weights, scale: Tensor | None = None
+    tokens: Tensor,
+    expert_index: Tensor,
+    gate: Tensor,
+    weights: Weights,
+    scale: Tensor | None = None,
+    stream: Tensor | None = None,
 ) -> Tensor:
-    """Return scale * sum_k gate[n, k] * (GELU(tokens[n] @ w1[e] + b1[e]) @ w2[e] + b2[e]), e = expert_index[n, k].
+    """Return stream[n] + scale * sum_k gate[n, k] * (GELU(tokens[n] @ w1[e] + b1[e]) @ w2[e] + b2[e]).
+
+    e is expert_index[n, k].
 
     Args:
         tokens: [N, D].
@@ -52,10 +59,11 @@ def grouped_mlp(
         gate: [N, K]; a slot with gate exactly 0 was dropped: no computation and no gradient.
         weights: of the experts.
         scale: [], or None for 1.
+        stream: [N, D], or None for 0. The tokens themselves are added within the products, for nothing.
 
     Returns:
-        [N, D] in the compute dtype: that of autocast where it is on, else that of the tokens; on a CPU narrow
-        experts stay in float32.
+        [N, D] in the compute dtype, promoted to that of the stream. The compute dtype is that of autocast where it
+        is on, else that of the tokens; on a CPU narrow experts stay in float32.
     """
     device = tokens.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
@@ -65,7 +73,9 @@ def grouped_mlp(
     scaled = gate if scale is None else gate * scale
     low = weights.each(lambda weight: _cast(weight, dtype))
     engine = _engine(tokens, weights, dtype)
-    return _GroupedMLP.apply(tokens.to(dtype), expert_index, scaled, kept, low, engine, *weights)
+    own = stream is tokens and tokens.dtype == dtype
+    branch = _GroupedMLP.apply(tokens.to(dtype), expert_index, scaled, kept, low, engine, own, *weights)
+    return branch if stream is None or own else stream + branch
 
 
 def reference_mlp(
@@ -112,12 +122,16 @@ class _GroupedMLP(torch.autograd.Function):
         kept: Tensor,
         low: Weights,
         engine: type[Segments] | type[Grouped],
+        own: bool,
         *weights: Tensor | None,
     ) -> Tensor:
-        """Run the engine on weights in the compute dtype; `weights` are where the gradients go."""
-        slots, pre, out = engine.forward(tokens, expert_index, gate.to(tokens.dtype), kept, low)
+        """Run the engine on weights in the compute dtype; `weights` are where the gradients go.
+
+        `own` adds the tokens to the output, and its gradient to theirs.
+        """
+        slots, pre, out = engine.forward(tokens, expert_index, gate.to(tokens.dtype), kept, low, own)
         ctx.save_for_backward(tokens, gate, pre, *low, *weights)
-        ctx.slots, ctx.engine = slots, engine
+        ctx.slots, ctx.engine, ctx.own = slots, engine, own
         return out
 
     @staticmethod
@@ -127,79 +141,102 @@ class _GroupedMLP(torch.autograd.Function):
         tokens, gate, pre, *rest = ctx.saved_tensors
         low, weights = Weights(*rest[:4]), rest[4:]
         grad_tokens, grad_gate, *grads = ctx.engine.backward(
-            grad.to(tokens.dtype).contiguous(), tokens, gate.to(tokens.dtype), pre, low, ctx.slots
+            grad.to(tokens.dtype).contiguous(), tokens, gate.to(tokens.dtype), pre, low, ctx.slots, ctx.own
         )
         grads = (None if w is None else g.to(w.dtype) for w, g in zip(weights, grads, strict=True))
-        return grad_tokens, None, grad_gate.to(gate.dtype), None, None, None, *grads
+        return grad_tokens, None, grad_gate.to(gate.dtype), None, None, None, None, *grads
 
 
 class Segments:
     """One pass per expert over its own rows."""
 
     class Slots(NamedTuple):
-        """Kept slots by expert: their place in the [N*K] gates, their token, and (expert, start, stop)."""
+        """Kept slots by expert: their place in the [N*K] gates, their token, and how many each expert has.
+
+        `once`: every token has exactly one slot, so that rows are put in place and not added up.
+        """
 
         order: Tensor
         token: Tensor
-        spans: list[tuple[int, int, int]]
+        sizes: list[int]
+        once: bool
 
     @staticmethod
     def sort(expert_index: Tensor, kept: Tensor, num_experts: int) -> Slots:
         """Sort stably by expert; dropped slots go behind the last expert, and off."""
+        count, choices = expert_index.shape
         key = torch.where(kept, expert_index, num_experts).flatten()
-        stops = torch.bincount(key, minlength=num_experts + 1).cumsum(0)[:num_experts].tolist()
-        order = key.argsort(stable=True)[: stops[-1]]
-        spans = [(e, a, z) for e, (a, z) in enumerate(zip([0, *stops[:-1]], stops, strict=True)) if z > a]
-        return Segments.Slots(order, order.div(expert_index.shape[1], rounding_mode="floor"), spans)
+        *sizes, dropped = torch.bincount(key, minlength=num_experts + 1).tolist()
+        order = key.argsort(stable=True)[: count * choices - dropped]
+        token = order if choices == 1 else order.div(choices, rounding_mode="floor")
+        return Segments.Slots(order, token, sizes, once=choices == 1 and not dropped)
 
     @staticmethod
     def forward(
-        tokens: Tensor, expert_index: Tensor, gate: Tensor, kept: Tensor, weights: Weights
+        tokens: Tensor, expert_index: Tensor, gate: Tensor, kept: Tensor, weights: Weights, own: bool
     ) -> tuple[Slots, Tensor, Tensor]:
         """Return the sorted slots, the pre-activation [kept slots, b] and the output [N, D]."""
-        w1, w2, b1, b2 = weights
-        slots = Segments.sort(expert_index, kept, w1.shape[0])
+        slots = Segments.sort(expert_index, kept, weights.w1.shape[0])
+        pre = tokens.new_empty(len(slots.order), weights.w1.shape[2])
         gates = gate.flatten()[slots.order].unsqueeze(1)
-        pre = tokens.new_empty(len(slots.order), w1.shape[2])
-        out = tokens.new_zeros(tokens.shape[0], w2.shape[2])
+        out = Segments._start(slots, tokens, own)
+        segments = (part.split(slots.sizes) for part in (slots.token, pre, gates))
         with torch.autocast(tokens.device.type, enabled=False):
-            for e, a, z in slots.spans:
-                rows = tokens.index_select(0, slots.token[a:z])
-                torch.mm(rows, w1[e], out=pre[a:z]) if b1 is None else torch.addmm(b1[e], rows, w1[e], out=pre[a:z])
-                result = F.gelu(pre[a:z]).mul_(gates[a:z]) @ w2[e]
-                if b2 is not None:
-                    result.addcmul_(gates[a:z], b2[e])
-                # tokens of one expert are distinct and experts come in order: the same bits every time
-                out.index_add_(0, slots.token[a:z], result)
+            for token, pre_, gate_, w1, w2, b1, b2 in zip(*segments, *_by_expert(weights), strict=True):
+                rows = tokens.index_select(0, token)
+                torch.mm(rows, w1, out=pre_) if b1 is None else torch.addmm(b1, rows, w1, out=pre_)
+                hidden = F.gelu(pre_).mul_(gate_)
+                result = rows.addmm_(hidden, w2) if own and slots.once else hidden @ w2
+                Segments._put(slots, out, token, result if b2 is None else result.addcmul_(gate_, b2))
         return slots, pre, out
 
     @staticmethod
     def backward(
-        grad: Tensor, tokens: Tensor, gate: Tensor, pre: Tensor, weights: Weights, slots: Slots
+        grad: Tensor, tokens: Tensor, gate: Tensor, pre: Tensor, weights: Weights, slots: Slots, own: bool
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of tokens, gate, w1, w2, b1, b2."""
-        w1, w2, _, b2 = weights
+        """Return the gradients of tokens, gate, w1, w2, b1, b2; a product over no rows is the zero it has to be."""
         gates = gate.flatten()[slots.order].unsqueeze(1)
         grad_gates = torch.empty_like(gates)
-        grad_tokens = torch.zeros_like(tokens)
-        grads = weights.each(torch.zeros_like)
+        grads = weights.each(torch.empty_like)
+        grad_tokens = Segments._start(slots, grad, own)
+        segments = (part.split(slots.sizes) for part in (slots.token, pre, gates, grad_gates))
+        stacks = (*_by_expert(weights), *_by_expert(grads))
         with torch.autocast(tokens.device.type, enabled=False):
-            for e, a, z in slots.spans:
-                token = slots.token[a:z]
-                hidden, grad_out = F.gelu(pre[a:z]), grad.index_select(0, token)
-                grad_hidden = grad_out @ w2[e].T
-                grad_gates[a:z] = (grad_hidden * hidden).sum(1, keepdim=True)
-                if b2 is not None and grads.b2 is not None:
-                    grad_gates[a:z] += (grad_out @ b2[e]).unsqueeze(1)
-                    grads.b2[e] = (gates[a:z] * grad_out).sum(0)
-                torch.mm(hidden.mul_(gates[a:z]).T, grad_out, out=grads.w2[e])
-                grad_pre = torch.ops.aten.gelu_backward(grad_hidden.mul_(gates[a:z]), pre[a:z])
-                torch.mm(tokens.index_select(0, token).T, grad_pre, out=grads.w1[e])
-                if grads.b1 is not None:
-                    grads.b1[e] = grad_pre.sum(0)
-                grad_tokens.index_add_(0, token, grad_pre @ w1[e].T)
+            for token, pre_, gate_, grad_gate_, w1, w2, _, b2, grad_w1, grad_w2, grad_b1, grad_b2 in zip(
+                *segments, *stacks, strict=True
+            ):
+                hidden, grad_out = F.gelu(pre_), grad.index_select(0, token)
+                grad_hidden = grad_out @ w2.T
+                torch.sum(grad_hidden * hidden, 1, keepdim=True, out=grad_gate_)
+                if b2 is not None:
+                    grad_gate_ += (grad_out @ b2).unsqueeze(1)
+                    torch.sum(gate_ * grad_out, 0, out=grad_b2)
+                torch.mm(hidden.mul_(gate_).T, grad_out, out=grad_w2)
+                grad_pre = torch.ops.aten.gelu_backward(grad_hidden.mul_(gate_), pre_)
+                torch.mm(tokens.index_select(0, token).T, grad_pre, out=grad_w1)
+                if grad_b1 is not None:
+                    torch.sum(grad_pre, 0, out=grad_b1)
+                result = grad_out.addmm_(grad_pre, w1.T) if own and slots.once else grad_pre @ w1.T
+                Segments._put(slots, grad_tokens, token, result)
         grad_gate = torch.zeros_like(gate.flatten()).index_copy_(0, slots.order, grad_gates.squeeze(1)).view_as(gate)
         return grad_tokens, grad_gate, *grads
+
+    @staticmethod
+    def _start(slots: Slots, source: Tensor, own: bool) -> Tensor:
+        """Return what rows are put into; where tokens have several slots or none, what is to be added comes first."""
+        if slots.once:
+            return torch.empty_like(source)
+        return source.clone() if own else torch.zeros_like(source)
+
+    @staticmethod
+    def _put(slots: Slots, target: Tensor, token: Tensor, rows: Tensor) -> None:
+        """Put rows in their tokens' places; those of one expert are distinct, so that bits repeat also when added."""
+        target.index_copy_(0, token, rows) if slots.once else target.index_add_(0, token, rows)
+
+
+def _by_expert(weights: Weights) -> tuple[Sequence[Any], ...]:
+    """Take stacks apart along the expert axis; Nones where there is no bias."""
+    return tuple(weights.w1.shape[0] * [None] if stack is None else stack.unbind() for stack in weights)
 
 
 class Grouped:
@@ -228,7 +265,7 @@ class Grouped:
 
     @staticmethod
     def forward(
-        tokens: Tensor, expert_index: Tensor, gate: Tensor, kept: Tensor, weights: Weights
+        tokens: Tensor, expert_index: Tensor, gate: Tensor, kept: Tensor, weights: Weights, own: bool
     ) -> tuple[Slots, Tensor, Tensor]:
         """Return the sorted slots, the pre-activation [N*K, b] and the output [N, D]."""
         w1, w2, b1, b2 = weights
@@ -239,11 +276,12 @@ class Grouped:
         pre = pre if b1 is None else pre + owner @ b1
         out = F.grouped_mm(F.gelu(pre) * gates, w2, offs=slots.ends)
         out = out if b2 is None else out + gates * (owner @ b2)
-        return slots, pre, Grouped._gather(out, slots, gate.shape)
+        out = Grouped._gather(out, slots, gate.shape)
+        return slots, pre, out + tokens if own else out
 
     @staticmethod
     def backward(
-        grad: Tensor, tokens: Tensor, gate: Tensor, pre: Tensor, weights: Weights, slots: Slots
+        grad: Tensor, tokens: Tensor, gate: Tensor, pre: Tensor, weights: Weights, slots: Slots, own: bool
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of tokens, gate, w1, w2, b1, b2."""
         w1, w2, b1, b2 = weights
@@ -262,7 +300,9 @@ class Grouped:
         grad_b1 = None if b1 is None else owner.T @ torch.where(served, grad_pre, 0)
         grad_b2 = None if b2 is None else owner.T @ (gates * grad_out)
         grad_gate = torch.where(served, grad_gates, 0)[slots.inverse].view_as(gate)
-        return Grouped._gather(grad_rows, slots, gate.shape), grad_gate, grad_w1, grad_w2, grad_b1, grad_b2
+        grad_tokens = Grouped._gather(grad_rows, slots, gate.shape)
+        grad_tokens = grad_tokens + grad if own else grad_tokens
+        return grad_tokens, grad_gate, grad_w1, grad_w2, grad_b1, grad_b2
 
     @staticmethod
     def _gather(rows: Tensor, slots: Slots, shape: torch.Size) -> Tensor:

@@ -41,24 +41,23 @@ class MoELayer(nn.Module):
         Returns:
             x [B, T, D] and the `Routing` of the N tokens where mask is True, in the order of `x[mask]`.
         """
-        tokens = x.reshape(-1, x.shape[-1])
-        surroundings = None if context is None else context.reshape(tokens.shape)
+        flat = stream = x.reshape(-1, x.shape[-1])
+        surroundings = None if context is None else context.reshape(flat.shape)
         place = _place(x) if self.router.needs_place else None
         kept = None if mask is None else mask.flatten().nonzero().squeeze(1)
         if kept is not None:
-            tokens = tokens.index_select(0, kept)
+            stream = flat.index_select(0, kept)
             surroundings = None if surroundings is None else surroundings.index_select(0, kept)
             place = None if place is None else Place(place.sample[kept], place.position[kept], place.samples)
-        tokens = self._normal(tokens)
+        tokens = self._normal(stream)
         surroundings = None if surroundings is None else self._normal(surroundings)
         routing = self.router(tokens, self.experts, surroundings, place)
         if self.training:
             self._load += routing.load()
-        branch = self.experts(tokens, routing, self.alpha)
-        if kept is None:
-            return x + branch.view_as(x), routing
-        flat = x.reshape(-1, x.shape[-1])
-        return flat.index_add(0, kept, branch.to(flat.dtype)).view_as(x), routing
+        out = self.experts(tokens, routing, self.alpha, stream)
+        if kept is not None:
+            out = flat.index_copy(0, kept, out.to(flat.dtype))
+        return out.view_as(x), routing
 
     def _normal(self, tokens: Tensor) -> Tensor:
         return F.layer_norm(tokens, tokens.shape[-1:]) if self.normalise else tokens

@@ -24,18 +24,20 @@ def given_tensors(x, gate, weights):
 
 
 def assert_same(index, x, gate, weights, **tolerance):
+    """Value and gradients are those of the dense sum: alone, added to the tokens, added to another stream."""
     scale = torch.tensor(1.3, dtype=x.dtype, requires_grad=True)
-    got = grouped_mlp(x, index, gate, weights, scale)
-    want = reference_mlp(x, index, gate, weights, scale)
-    torch.testing.assert_close(got, want, **tolerance)
-    direction = torch.randn_like(want)
-    inputs = [scale, *given_tensors(x, gate, weights)]
-    for a, b in zip(
-        torch.autograd.grad((got * direction).sum(), inputs),
-        torch.autograd.grad((want * direction).sum(), inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, **tolerance)
+    direction, other = torch.randn_like(x), torch.randn_like(x).requires_grad_()
+    inputs = [scale, other, *given_tensors(x, gate, weights)]
+    for stream in (None, x, other):
+        got = grouped_mlp(x, index, gate, weights, scale, stream)
+        want = reference_mlp(x, index, gate, weights, scale) + (0 if stream is None else stream)
+        torch.testing.assert_close(got, want, **tolerance)
+        for a, b in zip(
+            torch.autograd.grad((got * direction).sum(), inputs, materialize_grads=True, allow_unused=True),
+            torch.autograd.grad((want * direction).sum(), inputs, materialize_grads=True, allow_unused=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, **tolerance)
 
 
 @pytest.fixture

@@ -29,9 +29,11 @@ class Experts(nn.Module):
         """Return the stacked weights."""
         raise NotImplementedError
 
-    def forward(self, tokens: Tensor, routing: Routing, scale: Tensor | None = None) -> Tensor:
-        """Return the gate-weighted sum of the chosen experts' outputs times a scalar `scale`, [N, D]."""
-        return grouped_mlp(tokens, routing.expert_index, routing.gate, self.weights(), scale)
+    def forward(
+        self, tokens: Tensor, routing: Routing, scale: Tensor | None = None, stream: Tensor | None = None
+    ) -> Tensor:
+        """Return `stream` [N, D] plus the gate-weighted sum of the chosen experts' outputs times a scalar `scale`."""
+        return grouped_mlp(tokens, routing.expert_index, routing.gate, self.weights(), scale, stream)
 
     def run(self, tokens: Tensor, expert: int) -> Tensor:
         """Return one expert's output on tokens [M, D], ungated: for statistics and interventions."""

@@ -4,7 +4,7 @@ MANIFEST ?= demo/cohort/manifest.csv
 # uv does not read pip's configuration; hand it the folder of local wheels, where pip has one
 export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS),$(shell $(PY) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: demo test lint faults bench ui clean
+.PHONY: demo test lint faults bench bench-brainage ui clean
 
 demo: .venv/.installed
 	$(BIN)/python -m emoe_med.brainage demo
@@ -19,7 +19,10 @@ lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/ty check emoe_med
 
 bench: .venv/.installed
-	$(BIN)/python benchmarks/brainage.py --manifest $(MANIFEST)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/moe.py
+
+bench-brainage: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/brainage.py --manifest $(MANIFEST)
 
 ui: .venv/.installed
 	$(BIN)/python -m emoe_med.brainage ui --out demo/runs

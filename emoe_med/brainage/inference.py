@@ -20,6 +20,7 @@ from emoe_med.data.augment import phases, to_model_grid
 from emoe_med.data.brain import ChainOptions
 from emoe_med.data.cache import HeadDataset
 from emoe_med.data.contract import Spread, told
+from emoe_med.data.sidecar import statement
 from emoe_med.errors import CheckpointError, Fault, VolumeError
 from emoe_med.models.heads import TrainingAges
 from emoe_med.models.sfcn import ModelOutput
@@ -150,7 +151,7 @@ def predict_scans(
         age, features = model.look(entry["image"], average)
         row |= {"predicted_age": age, "similarity": float(entry["similarity"])}
         row["in_training"] = not known.isdisjoint((entry["voxels"], entry["digest"]))
-        row |= _verdict(model, row, entry["fingerprint"].tolist(), features)
+        row |= _verdict(model, row, entry["fingerprint"].tolist(), features, statement(scan.image))
         if row["status"] == "refused" and own:
             row["status"] = "check"
         if row["status"] == "refused":
@@ -162,7 +163,7 @@ def predict_scans(
 
 
 def _verdict(
-    model: TrainedModel, row: dict[str, Any], fingerprint: Sequence[float], features: np.ndarray
+    model: TrainedModel, row: dict[str, Any], fingerprint: Sequence[float], features: np.ndarray, stated: str
 ) -> dict[str, Any]:
     """Judge one scan by the contract of a model: ood_score, ood_percentile, status and reason."""
     found: dict[str, Any] = {}
@@ -173,6 +174,9 @@ def _verdict(
         reasons += [told(breaches)] if breaches else []
     elif (lowest := model.contract["similarity"]["low"]) is not None and row["similarity"] < lowest:
         reasons.append("head fits the template worse than any training head")
+    if "strip" in model.contract and stated not in model.contract["strip"]["stated"]:
+        other = "states other steps than the training scans" if stated else "states none, unlike the training scans"
+        reasons.append(f"preprocessing: {other}")
     if model.familiarity is not None:
         score = model.familiarity.score(features[None])
         found |= {"ood_score": float(score[0]), "ood_percentile": float(model.familiarity.percentile(score)[0])}

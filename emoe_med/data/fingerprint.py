@@ -25,7 +25,7 @@ MEASURES: dict[str, str] = {  # in this order in a cache entry; what a reader is
     "size_x_mm": "extent of the mask from left to right, mm",
     "size_y_mm": "extent of the mask from back to front, mm",
     "size_z_mm": "extent of the mask from bottom to top, mm",
-    "cut_cm2": "area of the mask on the border of the volume, cm2",
+    "cut_cm2": "area of the mask in its outermost slices, cm2",
     "pieces": "share of the mask outside its largest piece",
     "cv": "standard deviation over mean, inside the mask",
     **{f"p{p:02d}": f"percentile {p} over the mean, inside the mask" for p in PERCENTILES},
@@ -84,17 +84,20 @@ def fingerprint(
 
 def _shape(affine: np.ndarray, mask: np.ndarray) -> dict[str, float]:
     edges = np.linalg.norm(affine[:3, :3], axis=0)
-    spans = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    sizes = [(span[-1] - span[0] + 1) * edge for span, edge in zip(spans, edges, strict=True)]
     voxel = float(np.prod(edges))
-    cut = sum(mask.take(end, axis).sum() * voxel / edges[axis] for axis in range(3) for end in (0, -1))
+    sizes, faces = [], []
+    for axis, edge in enumerate(edges):
+        area = mask.sum(axis=tuple({0, 1, 2} - {axis})) * voxel / edge  # of each slice, mm2
+        inside = np.flatnonzero(area)
+        sizes.append((inside[-1] - inside[0] + 1) * edge)
+        faces += [area[inside[0]], area[inside[-1]]]
     pieces, count = ndimage.label(mask)
     largest = np.bincount(pieces.ravel())[1:].max() if count else 0
     return {
         "spacing_mm": float(edges.max()),
         "volume_ml": mask.sum() * voxel / 1000,
         **dict(zip(("size_x_mm", "size_y_mm", "size_z_mm"), sizes, strict=True)),
-        "cut_cm2": cut / 100,
+        "cut_cm2": max(faces) / 100,
         "pieces": 1 - largest / mask.sum(),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,29 @@ from typing import Any
 from emoe_med.data.scan import Scan
 
 _MAX_BYTES = 1 << 20
-# BIDS: SkullStripped and GeneratedBy stand beside derivatives; the rest of such a file may tell of the person
-_KEPT = ("SkullStripped", "GeneratedBy", "Steps")
 
 
-def statement(image: Path) -> dict[str, Any]:
-    """Return what the sidecar of an image states of its preprocessing; empty where there is none."""
+def statement(image: Path) -> str:
+    """Return what the sidecar of an image states of its preprocessing, as JSON; empty where there is none.
+
+    Kept are `SkullStripped`, `Steps`, and name and version of each program in `GeneratedBy` (the first and the last are
+    of BIDS derivatives). The rest of such a file may tell of the person.
+    """
     name = image.name.removesuffix(".gz").removesuffix(".nii")
     file = image.with_name(f"{name}.json")
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            return {}
-        content = json.loads(file.read_text("utf-8"))
+        content = json.loads(file.read_bytes()) if file.stat().st_size <= _MAX_BYTES else None
     except (OSError, ValueError, RecursionError):
-        return {}
-    return {key: content[key] for key in _KEPT if key in content} if isinstance(content, dict) else {}
+        return ""
+    if not isinstance(content, dict):
+        return ""
+    kept = {key: content[key] for key in ("SkullStripped", "Steps") if key in content}
+    programs = content.get("GeneratedBy")
+    if isinstance(programs, list):
+        kept["GeneratedBy"] = [
+            {key: program.get(key) for key in ("Name", "Version")} for program in programs if isinstance(program, dict)
+        ]
+    return json.dumps(kept, sort_keys=True) if kept else ""
 
 
 def strip_statement(scans: Sequence[Scan], mask: str) -> dict[str, Any]:
@@ -36,11 +45,7 @@ def strip_statement(scans: Sequence[Scan], mask: str) -> dict[str, Any]:
 
     Returns:
         ``mask``: which columns of the manifest gave it, or that the whole head was used; ``stated``: each statement
-        that occurs, as text, with its number of scans. Nothing else of a sidecar is kept.
+        that occurs, with its number of scans.
     """
     used = {"head": {"none: whole head"}}.get(mask) or {"mask" if scan.mask else "labels" for scan in scans}
-    stated: dict[str, int] = {}
-    for scan in scans:
-        text = json.dumps(statement(scan.image), sort_keys=True)
-        stated[text] = stated.get(text, 0) + 1
-    return {"mask": sorted(used), "stated": stated}
+    return {"mask": sorted(used), "stated": dict(Counter(statement(scan.image) for scan in scans))}

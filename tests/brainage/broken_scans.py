@@ -202,8 +202,8 @@ BREAKS = {
     pure_noise: ("noise", PLACE),
     a_ball: (PLACE, SCALE),
     one_slice_repeated: (PLACE,),
-    registered_to_the_template: (PLACE, STRIP),
-    warped_to_the_template: (PLACE,),
+    registered_to_the_template: (SHARP, PLACE, STRIP),  # harmless but for the second interpolation
+    warped_to_the_template: (PLACE, SHARP),
     synthetic: (PLACE, SCALE, MASK),
 }
 

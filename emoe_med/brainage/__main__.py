@@ -131,6 +131,10 @@ def evaluate(
         return
     for name, estimate in metrics["test"].items():
         say(f"{name:20} {_estimate(estimate)}")
+    if interval := metrics["interval"]:
+        covered = _estimate(interval["coverage"])
+        say(f"{interval['level']:.0%} interval: +- {interval['half_width']:.1f} years, covers {covered}")
+    say("scans: " + ", ".join(f"{count} {status}" for status, count in metrics["verdicts"].items()))
     say(f"written: {where}")
 
 
@@ -238,8 +242,9 @@ def check(
         from emoe_med.brainage.judge import judge_by
 
         judge = judge_by(run, cache or run.parent.parent / "cache", jobs)
-    check_manifest(manifest, data_root, out, jobs, counted("reading scans"), judge)
-    say(f"all scans are usable; table and pages: {', '.join(str(out / name) for name in PAGES)}")
+    table = check_manifest(manifest, data_root, out, jobs, counted("reading scans"), judge)
+    counts = ", ".join(f"{count} {status}" for status, count in table["status"].value_counts().items())
+    say(f"all scans are usable ({counts}); table and pages: {', '.join(str(out / name) for name in PAGES)}")
 
 
 @app.command()

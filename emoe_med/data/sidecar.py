@@ -16,8 +16,8 @@ _MAX_BYTES = 1 << 20
 def statement(image: Path) -> str:
     """Return what the sidecar of an image states of its preprocessing, as JSON; empty where there is none.
 
-    Kept are `SkullStripped`, `Steps`, and name and version of each program in `GeneratedBy` (the first and the last are
-    of BIDS derivatives). The rest of such a file may tell of the person.
+    Kept is `Steps`, which names tools and versions; without it `SkullStripped` and the programs in `GeneratedBy`, as
+    BIDS derivatives have them. The rest of such a file may tell of the person.
     """
     name = image.name.removesuffix(".gz").removesuffix(".nii")
     file = image.with_name(f"{name}.json")
@@ -27,7 +27,9 @@ def statement(image: Path) -> str:
         return ""
     if not isinstance(content, dict):
         return ""
-    kept = {key: content[key] for key in ("SkullStripped", "Steps") if key in content}
+    if "Steps" in content:
+        return json.dumps(content["Steps"], sort_keys=True)
+    kept = {key: content[key] for key in ("SkullStripped",) if key in content}
     programs = content.get("GeneratedBy")
     if isinstance(programs, list):
         kept["GeneratedBy"] = [

@@ -261,19 +261,20 @@ def test_check_holds_scans_against_a_run(trained, cohort, tmp_path):
     page = (tmp_path / "scans.html").read_text()
     assert page.count("<img") == len(found)
     assert "overlap 0." in page
-    broken = pd.read_csv(cohort).assign(split="")
-    broken = broken[splits == "test"].head(2)
-    image = nib.load(cohort.parent / broken.iloc[0]["image"])
-    noise = np.random.default_rng(0).rayleigh(50, image.shape).astype(np.float32)
-    nib.save(nib.Nifti1Image(noise, image.affine), tmp_path / "noise.nii.gz")
+    broken = pd.read_csv(cohort)[splits == "test"].head(2)
     for column in ("image", "mask", "labels"):
         broken[column] = [str(cohort.parent / name) for name in broken[column]]
-    broken.iloc[0, broken.columns.get_loc("image")] = str(tmp_path / "noise.nii.gz")
-    broken.drop(columns="split").to_csv(tmp_path / "broken.csv", index=False)
+    image, mask = (nib.load(broken.iloc[0][column]) for column in ("image", "mask"))
+    voxels, inside = image.get_fdata(), mask.get_fdata() > 0
+    scores = (voxels - voxels[inside].mean()) / voxels[inside].std() + 0.02  # z-scores, almost without a mean
+    nib.save(nib.Nifti1Image(scores.astype(np.float32), image.affine), tmp_path / "scores.nii.gz")
+    broken.iloc[0, broken.columns.get_loc("image")] = str(tmp_path / "scores.nii.gz")
+    broken.to_csv(tmp_path / "broken.csv", index=False)
     shown = run("check", "--manifest", tmp_path / "broken.csv", "--run", run_dir, "--out", tmp_path, "--data-root", "/",
                 code=3).output  # fmt: skip
-    assert "CON-BROKEN  broken.csv row 2" in shown
-    assert shown.count("error") == 1
+    (line,) = [line for line in shown.splitlines() if line.startswith("error")]
+    assert line.startswith("error CON-BROKEN  broken.csv row 2  intensity scale")
+    assert '<figure class="refused">' in (tmp_path / "scans.html").read_text()
 
 
 def test_a_checkpoint_of_an_earlier_version_predicts_and_says_what_it_lacks(trained, cohort, tmp_path, caplog):
@@ -287,8 +288,9 @@ def test_a_checkpoint_of_an_earlier_version_predicts_and_says_what_it_lacks(trai
     metrics = json.loads((run_dir / "metrics.json").read_text())
     (run_dir / "metrics.json").write_text(json.dumps({k: v for k, v in metrics.items() if k != "interval"}))
     old, new = tmp_path / "old.csv", tmp_path / "new.csv"
-    run("predict", "--run", run_dir, "-i", cohort, "-o", old)
     run("predict", "--run", trained / "tiny_cnn" / "seed0-fold0", "-i", cohort, "-o", new)
+    caplog.clear()
+    run("predict", "--run", run_dir, "-i", cohort, "-o", old)
     told = [record.message for record in caplog.records if "in this checkpoint" in record.message]
     assert [text.split(":")[1] for text in told] == [
         " no spread of training scans in this checkpoint",

@@ -20,11 +20,12 @@ app = typer.Typer(
 )
 app.add_typer(manifest_app, name="manifest")
 
+PAGES = ("check.csv", "check.html", "scans.html")  # what `check` writes
 CONFIGS = Path(__file__).parent.parent.parent / "configs" / "brainage"
 
 
-def _run_folder(path: Path) -> Path:
-    if not (path / "config.yaml").is_file():
+def _run_folder(path: Path | None) -> Path | None:
+    if path is not None and not (path / "config.yaml").is_file():
         raise typer.BadParameter(f"{path} holds no run; name the folder of a fold, as runs/emoe_4mm/seed0-fold0")
     return path
 
@@ -130,6 +131,10 @@ def evaluate(
         return
     for name, estimate in metrics["test"].items():
         say(f"{name:20} {_estimate(estimate)}")
+    if interval := metrics["interval"]:
+        covered = _estimate(interval["coverage"])
+        say(f"{interval['level']:.0%} interval: +- {interval['half_width']:.1f} years, covers {covered}")
+    say("scans: " + ", ".join(f"{count} {status}" for status, count in metrics["verdicts"].items()))
     say(f"written: {where}")
 
 
@@ -187,21 +192,59 @@ def compare(
 
 @app.command()
 @verb
+def reliability(
+    predictions: Annotated[Path, typer.Option("--predictions", help="CSV that `predict` wrote: repeated sessions")],
+    sessions: Annotated[int, typer.Option("--sessions", min=2, help="sessions of each person to use")] = 2,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how well repeated sessions agree: ICC, limits of agreement, smallest detectable change.
+
+    Ages in the table give the figures of brain_pad too, which the age range of the persons does not flatter.
+
+    Example: python -m emoe_med.brainage reliability --predictions ages.csv
+    """
+    from emoe_med.brainage.reliability import MEASURES
+    from emoe_med.brainage.reliability import reliability as measure
+
+    found = measure(predictions, sessions)
+    if as_json:
+        say(json.dumps(found, indent=1))
+        return
+    say(f"{found['persons']} persons with {sessions} sessions; {found['left_out']} with fewer left out")
+    for name in ("predicted_age", "brain_pad"):
+        for measured, label in MEASURES.items() if name in found else ():
+            say(f"{name:14} {label:52} {_estimate(found[name][measured])}")
+
+
+@app.command()
+@verb
 def check(
     manifest: ManifestOption,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="hold the scans against the contract of this run", callback=_run_folder)
+    ] = None,
     data_root: RootOption = None,
-    out: Annotated[Path, typer.Option("--out", help="folder for check.csv and check.html")] = Path("check"),
+    out: Annotated[Path, typer.Option("--out", help="folder for check.csv and the pages")] = Path("check"),
+    cache: Annotated[Path | None, typer.Option("--cache", help="volumes in the model's space; RUN/../../cache")] = None,
     jobs: JobsOption = 0,
 ) -> None:
-    """Read every scan strictly and list every fault of every row at once.
+    """Read every scan strictly and list every fault of every row at once, with a page of thumbnails.
+
+    With --run each scan is held against what the run was trained on: another preprocessing, or the same images.
 
     Example: python -m emoe_med.brainage check --manifest ixi/manifest.csv --out check
     """
     from emoe_med.brainage.check import check_manifest
     from emoe_med.training.progress import counted
 
-    check_manifest(manifest, data_root, out, jobs, counted("reading scans"))
-    say(f"all scans are usable; table and page: {out / 'check.csv'}, {out / 'check.html'}")
+    judge = None
+    if run is not None:
+        from emoe_med.brainage.judge import judge_by
+
+        judge = judge_by(run, cache or run.parent.parent / "cache", jobs)
+    table = check_manifest(manifest, data_root, out, jobs, counted("reading scans"), judge)
+    counts = ", ".join(f"{count} {status}" for status, count in table["status"].value_counts().items())
+    say(f"all scans are usable ({counts}); table and pages: {', '.join(str(out / name) for name in PAGES)}")
 
 
 @app.command()

@@ -1,21 +1,23 @@
 """Check a manifest and every file it names, and tell all faults of all rows at once.
 
-What is written names rows, never persons or paths: the reader joins them with the manifest.
+What is written names rows, never persons or paths: the reader joins them with the manifest. ``scans.html`` shows
+heads, though, and stays with the person who asked.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from emoe_med.brainage.check_page import scans_page, thumbnail
 from emoe_med.data.files import replace_file
 from emoe_med.data.limits import DEFAULT_LIMITS, VolumeLimits
 from emoe_med.data.manifest import Manifest, Scan, inspect_manifest
@@ -25,6 +27,7 @@ from emoe_med.errors import DataError, Fault, StorageError, VolumeError
 
 COLUMNS = ("row", "status", "code", "reason", "shape", "spacing_mm", "file_sha256", "voxel_sha256")
 _GRID_TOLERANCE_MM = 0.1
+_DRAWN = 1000  # scans, from the first, with a thumbnail, beside every faulty one: a page holds no more
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Manifest check</title>
 <style>
@@ -51,12 +54,16 @@ class Check:
         faults: All faults in order of rows, with the file names that ``table`` leaves out.
         duplicates: Groups of rows that hold the same voxels.
         manifest: None where the file is no table.
+        thumbnails: JPEG of three slices, by row as text.
+        figures: What a run's contract was held against, by row as text.
     """
 
     table: pd.DataFrame
     faults: tuple[Fault, ...]
     duplicates: tuple[tuple[int, ...], ...]
     manifest: Manifest | None
+    thumbnails: Mapping[str, bytes] = field(default_factory=dict)
+    figures: Mapping[str, str] = field(default_factory=dict)
 
     def accepted(self) -> Manifest:
         """Return the manifest, if nothing was refused.
@@ -82,6 +89,10 @@ class Check:
         replace_file(folder / "check.csv", self.table.to_csv(index=False, lineterminator="\n").encode())
         replace_file(folder / "check.html", _page(self.table).encode())
 
+    def write_scans(self, folder: Path) -> None:
+        """Write ``scans.html`` into the folder of `write`: thumbnails for the person who asked."""
+        replace_file(folder / "scans.html", scans_page(self.table, self.thumbnails, self.figures).encode())
+
 
 @dataclass(frozen=True)
 class _Look:
@@ -94,6 +105,7 @@ class _Look:
     spacing_mm: str = ""
     file_sha256: str = ""
     voxel_sha256: str = ""
+    thumbnail: bytes | None = None
 
 
 def check_manifest(
@@ -102,15 +114,17 @@ def check_manifest(
     out: Path | None = None,
     jobs: int = 0,
     progress: Callable[[Collection], Iterator] = iter,
+    judge: Callable[[Check], Check] | None = None,
 ) -> pd.DataFrame:
     """Check a manifest and its files, write the findings, and refuse it with all faults at once.
 
     Args:
         manifest: CSV or TSV file.
         data_root: Folder of relative paths, as in `read_manifest`.
-        out: Folder for ``check.csv`` and ``check.html``; written before anything is refused.
+        out: Folder for the table and the pages; written before anything is refused.
         jobs: Volumes read at once, in threads: inflating and hashing release Python's lock.
         progress: Wraps the scans to show how far it is.
+        judge: Holds scans against the contract of a run (`judge.judge_by`).
 
     Returns:
         Columns `COLUMNS`, one line per row.
@@ -120,8 +134,10 @@ def check_manifest(
         StorageError: ``out`` cannot be written to.
     """
     check = look_through(manifest, data_root, jobs=jobs, progress=progress)
+    check = check if judge is None else judge(check)
     if out is not None:
         check.write(out)
+        check.write_scans(out)
     check.accepted()
     return check.table
 
@@ -145,7 +161,7 @@ def look_through(
         return Check(_tabulate([], error.faults), tuple(error.faults), (), None)
     with ThreadPoolExecutor(max(jobs, 1)) as pool:
         try:
-            pending = [pool.submit(_look_at, scan, limits) for scan in listed.scans]
+            pending = [pool.submit(_look_at, scan, limits, i < _DRAWN) for i, scan in enumerate(listed.scans)]
             looks = [look.result() for look in (progress(pending) if pending else ())]
         finally:
             pool.shutdown(cancel_futures=True)  # an interrupt does not wait for all the other scans
@@ -154,14 +170,15 @@ def look_through(
     found += _divided_persons(listed.scans, duplicates)
     faults = (*faults, *(replace(fault, manifest=manifest.name) for fault in found))
     faults = tuple(sorted(faults, key=lambda fault: fault.row or 0))
-    return Check(_tabulate(looks, faults), faults, duplicates, listed)
+    thumbnails = {str(look.row): look.thumbnail for look in looks if look.thumbnail}
+    return Check(_tabulate(looks, faults), faults, duplicates, listed, thumbnails)
 
 
-def _look_at(scan: Scan, limits: VolumeLimits) -> _Look:
+def _look_at(scan: Scan, limits: VolumeLimits, draw: bool) -> _Look:
     """Read the files of one row; whatever is wrong with them is part of the look."""
     faults: list[Fault] = []
     look = _Look(scan.row)
-    volume = None
+    volume, mask = None, None
     with _collected(faults):
         volume = read_volume(scan.image, limits)
         look = _describe(scan.row, volume, file_digest(scan.image))
@@ -173,6 +190,10 @@ def _look_at(scan: Scan, limits: VolumeLimits) -> _Look:
                 other = read_volume(path, limits)
                 reasons = _misfits(column, other, volume or other)
                 faults += (Fault(code, f"{column}: {reason}", file=str(path)) for code, reason in reasons)
+                mask = other.voxels > 0 if mask is None else mask
+    if volume is not None and (draw or faults):
+        on_grid = mask if mask is not None and mask.shape == volume.voxels.shape else None
+        look = replace(look, thumbnail=thumbnail(volume, on_grid))
     return replace(look, faults=tuple(replace(fault, row=scan.row) for fault in faults))
 
 

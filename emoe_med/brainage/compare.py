@@ -12,7 +12,8 @@ import pandas as pd
 
 from emoe_med.brainage.comparison import compare
 from emoe_med.brainage.evaluate import read_predictions
-from emoe_med.brainage.metrics import DEFAULT_BOOTSTRAP, first_sessions
+from emoe_med.brainage.metrics import DEFAULT_BOOTSTRAP
+from emoe_med.brainage.strata import first_sessions
 from emoe_med.errors import DataError, Fault
 
 

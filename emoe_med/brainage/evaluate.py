@@ -13,6 +13,7 @@ import pandas as pd
 from emoe_med.brainage.bias import AgeBias, Method, fit_age_bias
 from emoe_med.brainage.cohort import Cohort, prepare_cohort
 from emoe_med.brainage.comparison import paired_difference
+from emoe_med.brainage.conformal import Interval, fit_interval, with_coverage
 from emoe_med.brainage.inference import (
     TrainedModel,
     branch_norms,
@@ -21,6 +22,8 @@ from emoe_med.brainage.inference import (
 )
 from emoe_med.brainage.metrics import Bootstrap, evaluate
 from emoe_med.brainage.report import write_report, write_shared_metrics
+from emoe_med.brainage.strata import first_sessions
+from emoe_med.data.contract import contract_digest
 from emoe_med.data.manifest import Manifest
 from emoe_med.errors import DataError, Fault
 from emoe_med.moe import (
@@ -31,6 +34,7 @@ from emoe_med.moe import (
     permuted_routing,
     without_branch,
 )
+from emoe_med.training.amend import amend
 from emoe_med.training.progress import counted
 from emoe_med.training.run_folder import replace_file
 
@@ -40,7 +44,8 @@ PERMUTATIONS = 5  # draws of permuted routing; their mean error is compared
 def evaluate_run(run_dir: Path, cohort: Cohort, splits: pd.DataFrame) -> dict[str, Any]:
     """Predict validation and test persons once and write predictions/ and metrics.json.
 
-    The bias correction is fitted on the validation persons and applied to the test persons.
+    Bias correction and prediction interval are fitted on the validation persons and applied to the test persons.
+    What the network finds usual is learned from training and validation persons, and kept in the checkpoint.
 
     Args:
         run_dir: Run folder with a trained checkpoint.
@@ -51,9 +56,13 @@ def evaluate_run(run_dir: Path, cohort: Cohort, splits: pd.DataFrame) -> dict[st
         The content of metrics.json.
     """
     model = TrainedModel.load(run_dir)
-    where = {name: np.flatnonzero(splits["split"] == name).tolist() for name in ("val", "test")}
+    where = {name: np.flatnonzero(splits["split"] == name).tolist() for name in ("train", "val", "test")}
     table = cohort.table()
-    tables = {name: predict_scans(model, cohort.heads, rows).merge(table, on="row") for name, rows in where.items()}
+    _find_familiar(model, cohort, where)
+    tables = {
+        name: predict_scans(model, cohort.heads, where[name], own=True).merge(table, on="row")
+        for name in ("val", "test")
+    }
     metrics = _score(tables, model)
     if model.net.routed_layers():
         bootstrap = Bootstrap(model.config.evaluation.bootstrap)
@@ -63,11 +72,19 @@ def evaluate_run(run_dir: Path, cohort: Cohort, splits: pd.DataFrame) -> dict[st
     return metrics
 
 
+def _find_familiar(model: TrainedModel, cohort: Cohort, where: dict[str, list[int]]) -> None:
+    """Learn what the network finds usual, from one scan of each held-out person, and keep it in the checkpoint."""
+    scans = cohort.table().assign(age=[scan.age for scan in cohort.manifest.scans])
+    model.find_familiar(cohort.heads, where["train"], first_sessions(scans.iloc[where["val"]]).index.tolist())
+    if model.familiarity is not None and model.folder is not None:
+        amend(model.folder, {"familiarity": model.familiarity.to_json()})
+
+
 def _score(tables: dict[str, pd.DataFrame], model: TrainedModel, method: Method = "beheshti") -> dict[str, Any]:
-    """Fit the bias on `val`, add brain_pad and the corrected age to the tables in place, and score `test`."""
-    bias = fitted_bias(tables["val"], method)
+    """Fit bias and interval on `val`, add brain_pad, corrected age and ends to the tables, and score `test`."""
+    bias, interval = fitted_bias(tables["val"], method), fit_interval(tables["val"])
     for name, table in tables.items():
-        tables[name] = with_correction(table, bias)
+        tables[name] = with_correction(table, bias).assign(**interval.ends(table) if interval else {})
     metrics = evaluate(
         tables["test"],
         model.contract["training_ages"]["median"],
@@ -75,9 +92,12 @@ def _score(tables: dict[str, pd.DataFrame], model: TrainedModel, method: Method 
         bias=bias,
         bootstrap=Bootstrap(model.config.evaluation.bootstrap),
     )
+    metrics = with_coverage(metrics, tables["test"], interval)
     chain = model.contract["chain"]
     data = {"used": f"the {chain['mask']} alone" if chain["mask"] == "brain" else "the whole head, unaligned"}
-    return metrics | {"synthetic": model.contract["synthetic"], "data": data | {"space": chain["space"]}}
+    about = {"synthetic": model.contract["synthetic"], "contract": contract_digest(model.contract)}
+    verdicts = tables["test"]["status"].value_counts().to_dict()
+    return metrics | about | {"data": data | {"space": chain["space"]}, "verdicts": verdicts}
 
 
 def score_again(run_dir: Path, method: Method = "beheshti") -> dict[str, Any]:
@@ -123,13 +143,13 @@ def evaluate_elsewhere(
     """
     model = TrainedModel.load(run_dir)
     cohort = prepare_cohort(manifest, model.chain(), cache_dir, jobs, counted("reading scans"))
-    seen = set(model.contract["seen"])
+    seen = {*model.contract["seen"], *model.contract.get("seen_voxels", ())}
     faults = [
         Fault(
             "EVAL-SEEN", "the run was trained or selected on this image", str(scan.image), scan.row, manifest.path.name
         )
         for scan, reading in zip(manifest.scans, cohort.readings, strict=True)
-        if reading.content in seen
+        if not seen.isdisjoint((reading.content, reading.voxels))
     ]
     if faults:
         raise DataError(*faults)
@@ -183,6 +203,13 @@ def saved_bias(run_dir: Path) -> AgeBias | None:
     return AgeBias(**corrected["bias"]) if corrected else None
 
 
+def saved_interval(run_dir: Path) -> Interval | None:
+    """Return the prediction interval in the metrics.json of a run; None where there is none."""
+    path = run_dir / "metrics.json"
+    found = json.loads(path.read_text()).get("interval") if path.is_file() else None
+    return Interval(found["level"], found["half_width"], found["n"]) if found else None
+
+
 def with_correction(frame: pd.DataFrame, bias: AgeBias | None) -> pd.DataFrame:
     """Add brain_pad (predicted minus chronological, years) and the corrected age, kept beside the raw one."""
     frame = frame.assign(brain_pad=frame["predicted_age"] - frame["age"])
@@ -194,7 +221,7 @@ def with_correction(frame: pd.DataFrame, bias: AgeBias | None) -> pd.DataFrame:
 
 PREDICTION_COLUMNS = [
     *("row", "person", "age", "predicted_age", "brain_pad", "predicted_age_corrected", "corrected_in_range"),
-    *("similarity", "sex", "site", "status", "reason"),
+    *("lower", "upper", "similarity", "ood_score", "ood_percentile", "sex", "site", "status", "reason"),
 ]
 
 
@@ -216,7 +243,7 @@ def routing_report(model: TrainedModel, cohort: Cohort, indices: list[int], boot
     """
 
     def errors() -> np.ndarray:
-        found = predict_scans(model, cohort.heads, indices, average=False)
+        found = predict_scans(model, cohort.heads, indices, average=False, own=True)
         return (found["predicted_age"] - found["age"]).to_numpy()
 
     stats: dict[str, RoutingStats] = {}

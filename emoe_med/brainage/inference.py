@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from emoe_med.brainage.familiarity import FAR_PERCENTILE, Familiarity
 from emoe_med.brainage.net import BrainAgeNet
 from emoe_med.config import BrainAgeConfig, load_run
 from emoe_med.data.augment import phases, to_model_grid
 from emoe_med.data.brain import ChainOptions
 from emoe_med.data.cache import HeadDataset
+from emoe_med.data.contract import Spread, told
+from emoe_med.data.sidecar import statement
 from emoe_med.errors import CheckpointError, Fault, VolumeError
 from emoe_med.models.heads import TrainingAges
 from emoe_med.models.sfcn import ModelOutput
@@ -26,11 +30,21 @@ from emoe_med.training.checkpoint import CheckpointFolder, load_model_weights
 
 @dataclass
 class TrainedModel:
-    """A network with its configuration and the contract that its scans must have met."""
+    """A network with its configuration and the contract that its scans must have met.
+
+    Attributes:
+        contract: `meta` of the checkpoint.
+        folder: Of the checkpoint.
+        spread: Fingerprints of the training scans; None in a checkpoint that has none.
+        familiarity: What the network finds usual; None before the first evaluation.
+    """
 
     net: BrainAgeNet
     config: BrainAgeConfig
     contract: dict[str, Any]
+    folder: Path | None = None
+    spread: Spread | None = None
+    familiarity: Familiarity | None = None
 
     @classmethod
     def load(cls, run_dir: Path) -> TrainedModel:
@@ -48,7 +62,9 @@ class TrainedModel:
         load_model_weights(net, checkpoint.model, checkpoint.folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         net = net.eval().to(device).to(memory_format=torch.channels_last_3d)  # ty: ignore[no-matching-overload]
-        return cls(net, config, contract)
+        spread = Spread.from_json(contract.get("fingerprint"))
+        familiarity = Familiarity.from_json(contract.get("familiarity"))
+        return cls(net, config, contract, checkpoint.folder, spread, familiarity)
 
     def chain(self) -> ChainOptions:
         """Return the chain that made the training volumes."""
@@ -56,12 +72,16 @@ class TrainedModel:
         names = ChainOptions.__dataclass_fields__
         return ChainOptions(**{name: data[name] for name in names})
 
-    @torch.no_grad()
     def age(self, image: Tensor, average: bool) -> float:
-        """Predict the age in years from one cached volume [1, kX, kY, kZ].
+        """Predict the age in years from one cached volume; see `look`."""
+        return self.look(image, average)[0]
+
+    @torch.no_grad()
+    def look(self, image: Tensor, average: bool) -> tuple[float, np.ndarray]:
+        """Predict the age in years, and return the pooled features [F] that it was read from.
 
         Args:
-            image: Volume.
+            image: Cached volume [1, kX, kY, kZ].
             average: Average as the run says, over mirror image and grid phases, or look at it as it is.
         """
         evaluation, oversample = self.config.evaluation, self.config.data.oversample
@@ -73,9 +93,26 @@ class TrainedModel:
             views = to_model_grid(image[None].float(), oversample)
         views = views.to(memory_format=torch.channels_last_3d)
         low = self.config.training.precision == "bf16"
-        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+        with pooled_features(self.net) as features, torch.autocast(device.type, torch.bfloat16, enabled=low):
             ages, _ = self.net.ages(views, average and evaluation.flip_average)
-        return float(ages.mean())
+        return float(ages.mean()), torch.cat(features).mean(0).cpu().numpy()
+
+    def lacking(self) -> list[str]:
+        """Tell which checks the checkpoint does not allow."""
+        parts = []
+        if self.spread is None:
+            parts.append("no spread of training scans in this checkpoint: only the fit to the template is checked")
+        if self.familiarity is None:
+            parts.append("no features of training scans in this checkpoint: no ood_score")
+        return parts
+
+    def find_familiar(self, heads: HeadDataset, train: Sequence[int], held_out: Sequence[int]) -> None:
+        """Learn what is usual from the features of training scans and of held-out persons, one scan each."""
+        train_features, other = (
+            np.stack([self.look(heads.entry(index)["image"], average=True)[1] for index in indices])
+            for indices in (train, held_out)
+        )
+        self.familiarity = Familiarity.of(train_features, other)
 
 
 def predict_scans(
@@ -84,6 +121,7 @@ def predict_scans(
     indices: Sequence[int],
     average: bool = True,
     progress: Callable[[Sequence[int]], Iterator[int]] = iter,
+    own: bool = False,
 ) -> pd.DataFrame:
     """Predict the age of each scan; a scan that cannot be used gets a row with its reason.
 
@@ -93,30 +131,78 @@ def predict_scans(
         indices: Which of them, in the order of the result.
         average: Average over mirror image and grid phases, as the run says.
         progress: Wraps the indices, e.g. for a progress bar.
+        own: These are the run's own held-out scans: to refuse some would flatter the run, so they are flagged.
 
     Returns:
-        Columns row, age, predicted_age (years), similarity, status (`ok` or `refused`) and reason.
+        Columns row, age, predicted_age (years), similarity, ood_score, ood_percentile (`Familiarity`; missing
+        where the checkpoint has none), in_training (of this very image), status (`ok`; `check`: a person should
+        look; `refused`: no age is given) and reason, which names the step that a scan broke.
     """
+    known = set(model.contract.get("seen_voxels", ())) | set(model.contract.get("seen", ()))
     rows = []
     for index in progress(indices):
         scan = heads.scans[index]
-        row = {"row": scan.row, "age": scan.age, "predicted_age": None, "similarity": None}
+        row: dict[str, Any] = {"row": scan.row, "age": scan.age, "predicted_age": None, "similarity": None}
         try:
-            item = heads[index]
+            entry = heads.entry(index)
         except VolumeError as error:
             rows.append({**row, "status": "refused", "reason": _reason(error)})
             continue
-        row |= {
-            "predicted_age": model.age(item["image"], average),
-            "similarity": float(item["similarity"]),
-        }
-        rows.append({**row, "status": "ok", "reason": ""})
-    columns = ["row", "age", "predicted_age", "similarity", "status", "reason"]
-    return pd.DataFrame(rows, columns=columns).astype({"age": float, "predicted_age": float})
+        age, features = model.look(entry["image"], average)
+        row |= {"predicted_age": age, "similarity": float(entry["similarity"])}
+        row["in_training"] = not known.isdisjoint((entry["voxels"], entry["digest"]))
+        row |= _verdict(model, row, entry["fingerprint"].tolist(), features, statement(scan.image))
+        if row["status"] == "refused" and own:
+            row["status"] = "check"
+        if row["status"] == "refused":
+            row["predicted_age"] = None
+        rows.append(row)
+    columns = ["row", "age", "predicted_age", "similarity", "ood_score", "ood_percentile", "in_training"]
+    numbers = dict.fromkeys(("age", "predicted_age", "similarity", "ood_score", "ood_percentile"), float)
+    return pd.DataFrame(rows, columns=[*columns, "status", "reason"]).astype(numbers)
+
+
+def _verdict(
+    model: TrainedModel, row: dict[str, Any], fingerprint: Sequence[float], features: np.ndarray, stated: str
+) -> dict[str, Any]:
+    """Judge one scan by the contract of a model: ood_score, ood_percentile, status and reason."""
+    found: dict[str, Any] = {}
+    reasons, refused = [], False
+    if model.spread is not None:
+        breaches = model.spread.breaches(fingerprint)
+        refused = any(breach.refuses for breach in breaches)
+        reasons += [told(breaches)] if breaches else []
+    elif (lowest := model.contract["similarity"]["low"]) is not None and row["similarity"] < lowest:
+        reasons.append("head fits the template worse than any training head")
+    if "strip" in model.contract and stated not in model.contract["strip"]["stated"]:
+        other = "states other steps than the training scans" if stated else "states none, unlike the training scans"
+        reasons.append(f"preprocessing: {other}")
+    if model.familiarity is not None:
+        score = model.familiarity.score(features[None])
+        found |= {"ood_score": float(score[0]), "ood_percentile": float(model.familiarity.percentile(score)[0])}
+        if not found["ood_percentile"] <= FAR_PERCENTILE:
+            reasons.append(f"looks unlike the training scans to the network: percentile {found['ood_percentile']:.1f}")
+    low, high = (model.contract["training_ages"][end] for end in ("low", "high"))
+    for name, age in (("age", row["age"]), ("predicted age", row["predicted_age"])):
+        if age is not None and not low <= age <= high:
+            reasons.append(f"{name} outside the training ages {low:.0f}-{high:.0f}")
+    status = "refused" if refused else "check" if reasons else "ok"
+    return found | {"status": status, "reason": "; ".join(reasons)}
 
 
 def _reason(error: VolumeError) -> str:
     return "; ".join(f"{fault.code} {fault.reason}" for fault in error.faults)
+
+
+@contextmanager
+def pooled_features(net: BrainAgeNet):
+    """Collect the features [B, F] before the last layer of every forward pass."""
+    seen: list[Tensor] = []
+    handle = net.net.dropout.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(1).float()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @contextmanager

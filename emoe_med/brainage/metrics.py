@@ -17,7 +17,7 @@ from scipy import stats
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
 from emoe_med.brainage.bias import NOTES, AgeBias
-from emoe_med.errors import DataError, Fault
+from emoe_med.brainage.strata import decades, first_sessions, named, scored_rows
 
 MIN_PERSONS = 5  # a percentile interval of fewer persons is narrower than the truth, and looks precise
 MIN_DEFINED = 0.95  # share of draws in which a metric must exist for its interval to be given
@@ -201,7 +201,7 @@ def by_stratum(scans: pd.DataFrame, strata: pd.Series, bootstrap: Bootstrap) -> 
         ``{stratum: {mae, mean_error}}`` and, under ``macro_mean``, ``{mae}``.
     """
     pad = (scans["predicted_age"] - scans["age"]).to_numpy(float)
-    strata = strata.astype(object).where(strata.notna(), "unknown").astype(str)
+    strata = named(strata)
     names = sorted(strata.unique())
     member = np.stack([(strata == name).to_numpy() for name in names], axis=1).astype(float)  # [S, strata]
     chunks = []
@@ -224,11 +224,6 @@ def by_stratum(scans: pd.DataFrame, strata: pd.Series, bootstrap: Bootstrap) -> 
     macro = np.where(defined, mae, 0).sum(1) / defined.sum(1)
     n = scans["participant_id"].nunique()
     return found | {"macro_mean": {"mae": bootstrap.estimate(np.mean(values), macro, n)}}
-
-
-def first_sessions(scans: pd.DataFrame) -> pd.DataFrame:
-    """Keep the scan at the lowest age of each person; of equal ages the first in the table."""
-    return scans.sort_values("age", kind="stable").drop_duplicates("participant_id").sort_index()
 
 
 def evaluate(
@@ -258,7 +253,7 @@ def evaluate(
         DataError: No row of a table has both age and prediction (MET-EMPTY).
     """
     tables = {"test": test} if val is None else {"test": test, "val": val}
-    scored = {name: _scored(name, table) for name, table in tables.items()}
+    scored = {name: scored_rows(name, table) for name, table in tables.items()}
     first = {name: first_sessions(table) for name, table in scored.items()}
 
     def measure(scans: pd.DataFrame, column: str = "predicted_age") -> dict[str, Estimate]:
@@ -269,8 +264,7 @@ def evaluate(
     found["all_sessions"] = {
         name: measure(table) if len(table) > len(first[name]) else found[name] for name, table in scored.items()
     }
-    decade = (first["test"]["age"] // 10 * 10).astype(int)
-    found["by_age"] = by_stratum(first["test"], decade.map(lambda low: f"{low:02d}-{low + 9:02d}"), bootstrap)
+    found["by_age"] = by_stratum(first["test"], decades(first["test"]["age"]), bootstrap)
     for key in ("sex", "site"):
         if key in first["test"]:
             found[f"by_{key}"] = by_stratum(first["test"], first["test"][key], bootstrap)
@@ -279,13 +273,6 @@ def evaluate(
         found["corrected"] = {"bias": asdict(bias), "note": NOTES[bias.method], "test": corrected}
     found["counts"] = {name: _counts(tables[name], scored[name]) for name in tables}
     return found | {"training_median_age": float(training_median), "bootstrap": asdict(bootstrap)}
-
-
-def _scored(name: str, table: pd.DataFrame) -> pd.DataFrame:
-    scored = table[np.isfinite(table["age"].astype(float)) & np.isfinite(table["predicted_age"].astype(float))]
-    if scored.empty:
-        raise DataError(Fault("MET-EMPTY", f"none of {len(table)} {name} rows has both an age and a prediction"))
-    return scored
 
 
 def _counts(table: pd.DataFrame, scored: pd.DataFrame) -> dict[str, float]:

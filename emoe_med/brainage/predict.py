@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from emoe_med.brainage.evaluate import saved_bias, with_correction
+from emoe_med.brainage.evaluate import saved_bias, saved_interval, with_correction
 from emoe_med.brainage.inference import TrainedModel, predict_scans
 from emoe_med.data.cache import HeadDataset
+from emoe_med.data.contract import contract_digest
 from emoe_med.data.manifest import Scan, inspect_manifest
 from emoe_med.data.scan import identity_from_path
 from emoe_med.errors import DataError, Fault
@@ -20,8 +21,9 @@ from emoe_med.training.run_folder import replace_file
 LOG = logging.getLogger("emoe_med")
 
 COLUMNS = [
-    *("participant_id", "session_id", "image", "status", "reason", "predicted_age", "age", "brain_pad"),
-    *("predicted_age_corrected", "corrected_in_range", "similarity", "model", "chain"),
+    *("participant_id", "session_id", "image", "status", "reason", "predicted_age", "lower", "upper", "level"),
+    *("age", "brain_pad", "predicted_age_corrected", "corrected_in_range", "similarity"),
+    *("ood_score", "ood_percentile", "in_training", "model", "chain", "contract"),
 ]
 
 
@@ -31,10 +33,11 @@ def predict(run_dir: Path, source: Path, output: Path, cache_dir: Path, data_roo
     The scans go through the chain of the training run. For a file or folder the brain mask is looked for beside
     each head: `*_desc-brain_mask`, `<head>_mask`, `<head>_brain_mask` or `T1_brain_mask`.
 
-    Status is `ok`; `check` where a person should look: the
-    head fits the template worse than any training head, or the age is outside the training ages; `refused`
-    where no age is given. The corrected age is that of the run's last evaluation (`bias.py`), empty where it
-    needs an age that is unknown. Ages are in years; the file names persons, because it is for the one who asked.
+    Status is `ok`; `check` where a person should look: the scan differs from the training scans in a step that the
+    reason names, looks unlike them to the network, or has an age outside theirs; `refused` where no age is given.
+    lower and upper hold the age of a person like the validation persons with the probability `level`. Interval
+    and corrected age are those of the run's last evaluation; the latter is empty where it needs an age that is
+    unknown. Ages are in years; the file names persons, because it is for the one who asked.
 
     Raises:
         CheckpointError: The run has no usable checkpoint.
@@ -46,35 +49,24 @@ def predict(run_dir: Path, source: Path, output: Path, cache_dir: Path, data_roo
     chain = model.chain()
     if chain.mask == "head":
         LOG.warning("note: this model was trained on whole heads, centred but not aligned; masks are not used")
+    for part in model.lacking():
+        LOG.warning("note: %s", part)
     heads = HeadDataset(scans, chain, cache_dir)
     found = predict_scans(model, heads, range(len(scans)), progress=counted("predicting"))
     found = with_correction(found, saved_bias(run_dir))
+    if interval := saved_interval(run_dir):
+        found = found.assign(**interval.ends(found), level=interval.level)
     found["participant_id"] = [scan.participant_id for scan in scans]
     found["session_id"] = [scan.session_id for scan in scans]
     found["image"] = [str(scan.image) for scan in scans]
-    found = pd.concat([_looked_at(found, model), refused]).sort_values("row", kind="stable")
+    found = pd.concat([found, refused]).sort_values("row", kind="stable")
     found["model"] = f"{model.config.name}-seed{model.config.training.seed}"
     found["chain"] = model.contract["chain"]["digest"]
+    found["contract"] = contract_digest(model.contract)
     table = found.reindex(columns=COLUMNS).infer_objects()  # else numbers beside missing ones keep every digit
     output.parent.mkdir(parents=True, exist_ok=True)
     replace_file(output, table.to_csv(index=False, float_format="%.3f").encode())
     return table
-
-
-def _looked_at(found: pd.DataFrame, model: TrainedModel) -> pd.DataFrame:
-    """Flag rows that a person should look at."""
-    ages, lowest = model.contract["training_ages"], model.contract["similarity"]["low"]
-    worse = found["similarity"] < lowest if lowest is not None else pd.Series(False, index=found.index)
-    outside = (found["age"] < ages["low"]) | (found["age"] > ages["high"])
-    reasons = {
-        "head fits the template worse than any training head": worse,
-        f"age outside the training ages {ages['low']:.0f}-{ages['high']:.0f}": outside,
-    }
-    for reason, flags in reasons.items():
-        flags = flags & (found["status"] != "refused")
-        found.loc[flags, "status"] = "check"
-        found.loc[flags, "reason"] = found.loc[flags, "reason"].map(lambda old, new=reason: f"{old}; {new}".strip("; "))
-    return found
 
 
 def _scans(source: Path, data_root: Path | None) -> tuple[list[Scan], pd.DataFrame]:

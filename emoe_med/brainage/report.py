@@ -17,6 +17,7 @@ import pandas as pd
 
 from emoe_med.brainage import report_figures as figures
 from emoe_med.brainage.metrics import MIN_PERSONS
+from emoe_med.brainage.report_contract import interval_section, refused_section
 from emoe_med.brainage.report_page import (
     cell,
     facts,
@@ -25,7 +26,6 @@ from emoe_med.brainage.report_page import (
     number,
     page,
     plain,
-    safe_reason,
     section,
     table,
 )
@@ -100,11 +100,12 @@ def write_report(run_dir: Path, shared: bool = False) -> Path:
         _headline(metrics),
         "" if shared else _figures(predictions["test"], metrics),
         _strata(_without_small_groups(metrics) if shared else metrics),
+        interval_section(metrics),
         _corrected(metrics),
         _routing(metrics),
         _training(run_dir),
         _data(run_dir, metrics, config, predictions),
-        _refused(predictions),
+        refused_section(predictions),
         _environment(environment, config),
     ]
     is_synthetic = any(source.get("synthetic") for source in (environment, metrics, metrics.get("data") or {}))
@@ -192,13 +193,18 @@ def _figures(test: pd.DataFrame, metrics: Mapping[str, Any]) -> str:
 
 def _strata(metrics: Mapping[str, Any]) -> str:
     parts = []
+    covered = ["Coverage"] if metrics.get("interval") else []
+
+    def covers(found: Mapping[str, Any]) -> list[str]:
+        return [cell(found.get("coverage")) for _ in covered]
+
     for key, title in (("by_age", "Age"), ("by_sex", "Sex"), ("by_site", "Site")):
         strata = metrics.get(key)
         if strata:
             names = sorted((name for name in strata if name != "macro_mean"), key=_natural)
-            rows = [[plain(name, "(name not shown)"), *_stratum(strata[name])] for name in names]
-            rows += [["mean of rows", *_stratum(strata["macro_mean"])]] if "macro_mean" in strata else []
-            parts.append(table([title, "n", "MAE, years", "Mean error, years"], rows, kind="strata"))
+            rows = [[plain(name, "(name not shown)"), *_stratum(strata[name]), *covers(strata[name])] for name in names]
+            rows += [["mean of rows", *_stratum(strata["macro_mean"]), *covers({})]] if "macro_mean" in strata else []
+            parts.append(table([title, "n", "MAE, years", "Mean error, years", *covered], rows, kind="strata"))
     return section("By age, sex and site", "".join(parts)) if parts else ""
 
 
@@ -278,20 +284,8 @@ def _data(
         if scans is not None:
             rows.append([split, str(scans), *(str(found.get(name, "")) for name in ("persons", "not_scored")), ages])
     counted = table(["Split", "scans", "persons scored", "scans not scored", "ages scored"], rows)
-    return section("Data", counted + facts({**(config.get("data") or {}), **(metrics.get("data") or {})}))
-
-
-def _refused(predictions: Mapping[str, pd.DataFrame]) -> str:
-    rows = []
-    for split, scans in predictions.items():
-        refused = scans[scans["status"] != "ok"]
-        why = refused["status"] + ": " + refused["reason"].fillna("").map(safe_reason)
-        for reason, group in refused.groupby(why):
-            lines = ", ".join(str(row) for row in group["row"].head(8)) + (", …" if len(group) > 8 else "")
-            rows.append([split, escape(str(reason)), str(len(group)), lines])
-    if not rows:
-        return section("Refused or flagged scans", note("None."))
-    return section("Refused or flagged scans", table(["Split", "Why", "scans", "manifest rows"], rows))
+    contract = {"contract": metrics["contract"]} if "contract" in metrics else {}
+    return section("Data", counted + facts({**(config.get("data") or {}), **(metrics.get("data") or {}), **contract}))
 
 
 def _environment(environment: Mapping[str, Any], config: Mapping[str, Any]) -> str:

@@ -19,7 +19,9 @@ from emoe_med.brainage.compare import compare_groups
 from emoe_med.brainage.evaluate import evaluate_run, write_reports
 from emoe_med.brainage.task import BrainAgeTask
 from emoe_med.config import BrainAgeConfig, dump_run, load_run
+from emoe_med.data.contract import Spread
 from emoe_med.data.manifest import Manifest
+from emoe_med.data.sidecar import strip_statement
 from emoe_med.data.splits import split_warnings
 from emoe_med.errors import CheckpointError, ConfigError, Fault
 from emoe_med.training.journal import read_journal
@@ -181,15 +183,18 @@ def _train_fold(
     resume: bool,
     synthetic: bool,
 ) -> None:
-    splits = cohort.split(config, fold)
-    for warning in split_warnings(cohort.manifest.scans, splits):
+    splits, scans = cohort.split(config, fold), cohort.manifest.scans
+    for warning in split_warnings(scans, splits):
         LOG.warning("note: %s", warning)
     where = {name: np.flatnonzero(splits["split"] == name).tolist() for name in ("train", "val")}
     meta = {
         "chain": cohort.heads.options.contract(),
         "manifest": cohort.manifest.sha256,
+        "strip": strip_statement([scans[index] for index in where["train"]], cohort.heads.options.mask),
+        "fingerprint": Spread.of(np.array([cohort.readings[index].fingerprint for index in where["train"]])).to_json(),
         "similarity": _similarity(cohort, where["train"]),
         "seen": sorted(cohort.readings[index].content for index in where["train"] + where["val"]),
+        "seen_voxels": sorted(cohort.readings[index].voxels for index in where["train"] + where["val"]),
         "synthetic": synthetic,
     }
     task = BrainAgeTask(config, cohort.heads, where["train"], where["val"], digests, meta)

@@ -20,8 +20,9 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, MapTransform, Transform
 from scipy import ndimage
 
+from emoe_med.data.fingerprint import FINGERPRINT_VERSION, fingerprint
 from emoe_med.data.register import align_affine, box_grid, resample
-from emoe_med.data.volume import StrictReader
+from emoe_med.data.volume import StrictReader, Volume, voxel_digest
 from emoe_med.errors import Fault, VolumeError
 
 LOG = logging.getLogger("emoe_med")
@@ -71,8 +72,9 @@ class ChainOptions:
 class BrainToBoxd(MapTransform):
     """Mask, align, resample and normalise `image` [1, X, Y, Z] into the model's box.
 
-    Adds `similarity` [] (local correlation with the template; NaN where nothing was aligned) and `matrix`
-    [4, 4] (template RAS mm -> subject RAS mm). Drops the mask.
+    Adds `similarity` [] (local correlation with the template; NaN where nothing was aligned), `matrix` [4, 4]
+    (template RAS mm -> subject RAS mm), `fingerprint` (see `fingerprint.py`) and `voxels`, the digest of the
+    image as read. Drops the mask.
     """
 
     def __init__(self, options: ChainOptions) -> None:
@@ -95,10 +97,14 @@ class BrainToBoxd(MapTransform):
         # a voxel on the edge is the mean of what lies inside: averaged with the zeros outside it would look like CSF
         mean = brain / (np.maximum(share, 0.5) * voxels[mask].mean())
         normal = np.where(share >= 0.5, np.clip((mean - 1) / 0.25, -4, 3), 0)
+        normal = normal.astype(np.float32)
+        measured = fingerprint(voxels, affine, mask, matrix, similarity, normal, self.options.spacing_mm)
         return {
-            "image": torch.from_numpy(normal.astype(np.float32))[None],
+            "image": torch.from_numpy(normal)[None],
             "similarity": torch.tensor(similarity),
             "matrix": torch.from_numpy(matrix),
+            "fingerprint": torch.from_numpy(measured),
+            "voxels": voxel_digest(Volume(voxels, affine, ())),
         }
 
     def _mask(self, voxels: np.ndarray, affine: np.ndarray, given: MetaTensor | None) -> np.ndarray:
@@ -153,15 +159,22 @@ class ToCacheEntry(Transform):
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Return what goes to disk."""
         entry = {**data, "image": data["image"].half()}
-        return {**entry, "digest": entry_digest(entry)}
+        entry["digest"] = entry_digest(entry)
+        return {**entry, "seal": entry_seal(entry)}
 
 
 def entry_digest(entry: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the tensors of a cache entry."""
+    """Return the SHA-256 of what a network sees of a cache entry: equal for one image under two names."""
     digest = hashlib.sha256()
     for name in ("image", "similarity", "matrix"):
         digest.update(entry[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def entry_seal(entry: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what was measured beside it; an entry measured by another version has another seal."""
+    measured = entry["fingerprint"].contiguous().numpy().tobytes()
+    return hashlib.sha256(f"{FINGERPRINT_VERSION} {entry['voxels']} ".encode() + measured).hexdigest()
 
 
 def make_chain(options: ChainOptions) -> Compose:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from emoe_med.data.brain import CHAIN_VERSION, ChainOptions, entry_digest, make_chain
+from emoe_med.data.brain import CHAIN_VERSION, ChainOptions, entry_digest, entry_seal, make_chain
 from emoe_med.data.manifest import Scan
 from emoe_med.data.volume import file_digest
 from emoe_med.errors import Fault, VolumeError
@@ -101,7 +101,7 @@ class HeadDataset(PersistentDataset):
         }
 
     def entry(self, index: int) -> dict[str, Any]:
-        """Return the cache entry of a scan: image, similarity, matrix and digest."""
+        """Return the cache entry of a scan: image, similarity, matrix, fingerprint, digests of both."""
         scan = self.scans[index]
         try:
             if scan.sha256 not in (None, self.digests.of(scan.image)):
@@ -116,7 +116,7 @@ class HeadDataset(PersistentDataset):
         if file.is_file():
             try:
                 entry = torch.load(file, weights_only=True)
-                if entry["digest"] == entry_digest(entry):
+                if (entry["digest"], entry["seal"]) == (entry_digest(entry), entry_seal(entry)):
                     return entry
             except Exception:  # torch.load has no one error for damaged files
                 LOG.debug("cache entry cannot be read: %s", file.name)
@@ -149,11 +149,13 @@ class HeadDataset(PersistentDataset):
 
 @dataclass(frozen=True)
 class Reading:
-    """One scan as it was read: why it cannot be used, or the digest of its content and its similarity."""
+    """One scan as it was read: why it cannot be used, or its digests and what was measured of it."""
 
     fault: Fault | None
-    content: str = ""  # equal for one image under two names
+    content: str = ""  # of the volume in the model's space: equal for one image under two names
+    voxels: str = ""  # of the image as read, whatever the mask
     similarity: float = math.nan
+    fingerprint: tuple[float, ...] = ()  # in the order of `MEASURES`
 
 
 class _Readings(TorchDataset):
@@ -170,4 +172,5 @@ class _Readings(TorchDataset):
             entry = self.heads.entry(index)
         except VolumeError as error:
             return Reading(error.faults[0])
-        return Reading(None, entry["digest"], float(entry["similarity"]))
+        measured = tuple(entry["fingerprint"].tolist())
+        return Reading(None, entry["digest"], entry["voxels"], float(entry["similarity"]), measured)

@@ -294,6 +294,9 @@ def _affine(header: nib.Nifti1Header, shape: tuple[int, int, int], limits: Volum
         check_affine(name, affine, limits)
     if not usable:
         refuse("VOL-AFFINE", "neither sform nor qform is set, so left and right are unknown")
+    if len(usable) == 2 and np.prod([np.linalg.det(affine[:3, :3]) for affine in usable.values()]) < 0:
+        reason = "sform and qform are of opposite handedness: one of them swaps left and right"
+        refuse("VOL-AFFINE", reason, "keep the right one")
     if len(usable) == 2 and affines_differ(*usable.values(), shape):
         refuse("VOL-AFFINE", "sform and qform disagree by more than 1 mm or 1 degree", "keep the right one")
     return next(iter(usable.values()))

@@ -133,9 +133,7 @@ class CheckpointFolder:
         files = {name: {"size": len(data), "sha256": _digest(data)} for name, data in contents.items()}
         for name, data in contents.items():
             write_synced(folder / name, data)
-        record = json.loads(json.dumps({**state, "format": FORMAT, "files": files}, allow_nan=False))
-        record["sha256"] = _record_digest(record)
-        write_synced(folder / "state.json", json.dumps(record).encode())
+        write_synced(folder / "state.json", sealed({**state, "format": FORMAT, "files": files}))
         sync_folder(folder)
         try:
             _verify(folder)
@@ -252,6 +250,12 @@ def _serialise(tensors: Tensors) -> bytes:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def sealed(state: Mapping[str, Any]) -> bytes:
+    """Return the content of `state.json`: the state with its own SHA-256."""
+    record = json.loads(json.dumps(state, allow_nan=False))
+    return json.dumps({**record, "sha256": _record_digest(record)}).encode()
 
 
 def _record_digest(record: Mapping[str, Any]) -> str:

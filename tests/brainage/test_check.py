@@ -1,14 +1,17 @@
 """One look at a small cohort. Faults in bulk are in tests/faults/test_manifests.py."""
 
+import io
 import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.image import imread
 
 from emoe_med.brainage.check import COLUMNS, check_manifest, look_through
-from emoe_med.data.volume import file_digest, read_volume, voxel_digest, write_volume
+from emoe_med.brainage.check_page import TILE, thumbnail
+from emoe_med.data.volume import Volume, file_digest, read_volume, voxel_digest, write_volume
 from emoe_med.errors import DataError, StorageError
 
 AFFINE = np.diag([2.0, 2.0, 2.5, 1.0])
@@ -218,3 +221,47 @@ def test_real_heads(real_data):
     assert set(check.table["shape"]) == {"90x120x120"}
     assert set(check.table["spacing_mm"]) == {"2x2x2"}
     assert check.table["voxel_sha256"].is_unique
+
+
+def test_a_page_of_thumbnails_shows_faulty_scans_first_and_names_no_one(cohort):
+    folder = cohort.parent
+    bytes_of = (folder / "secret1.nii.gz").read_bytes()
+    (folder / "secret1.nii.gz").write_bytes(bytes_of[:-20])
+    write_volume(folder / "mask2.nii.gz", head(2, (12, 14, 11)) > 100, AFFINE)  # of another size
+    with pytest.raises(DataError):
+        check_manifest(cohort, out=folder / "out")
+    page = (folder / "out" / "scans.html").read_text()
+    assert "secret" not in page
+    assert str(folder) not in page
+    assert not re.search(r"https?://|<script|<link", page)
+    cards = re.findall(r'<figure class="(\w+)">(.*?)</figure>', page, flags=re.S)
+    assert [kind for kind, _ in cards] == ["refused", "refused", "ok"]
+    assert ["data:image/jpeg" in card for _, card in cards] == [False, True, True]
+    assert "VOL-TRUNC" in cards[0][1]
+    assert page.startswith("<!doctype html>")
+    assert "3 scans: 2 refused, 1 ok" in page
+
+
+def test_a_thumbnail_is_upright_and_outlines_the_mask():
+    voxels = np.zeros((40, 50, 30), np.float32)
+    voxels[5:35, 5:45, 3:27] = 1
+    voxels[5:35, 5:45, 20:27] = 3  # bright at the top
+    mask = np.zeros(voxels.shape, bool)
+    mask[10:30, 10:40, 8:22] = True
+
+    def drawn(mask):
+        jpeg = thumbnail(Volume(voxels, np.diag([2.0, 2, 3, 1]), ()), mask)
+        return imread(io.BytesIO(jpeg), format="jpg").astype(float)
+
+    picture, bare = drawn(mask), drawn(None)
+    assert picture.shape == (TILE, 3 * TILE, 3)
+    side = picture[:, :TILE].mean(-1)
+    rows = np.flatnonzero(side.max(1) > 40)
+    assert side[rows[:6]].mean() > 1.5 * side[rows[-6:]].mean()
+    orange = picture[..., 0] - picture[..., 2] > 60
+    assert all(orange[:, start : start + TILE].sum() > 40 for start in (0, TILE, 2 * TILE))
+    assert np.abs(bare - bare.mean(-1, keepdims=True)).max() < 25
+
+
+def test_flat_volumes_have_a_thumbnail_too():
+    assert thumbnail(Volume(np.full((4, 5, 6), 7.0, np.float32), np.eye(4), ()), np.zeros((4, 5, 6), bool))

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from emoe_med.brainage.__main__ import app
 from emoe_med.data.cohort import write_cohort
+from emoe_med.training.checkpoint import sealed
 
 REPOSITORY = Path(__file__).parent.parent.parent
 TINY = """
@@ -247,6 +248,77 @@ def test_predict_gives_a_row_for_every_scan(trained, cohort, tmp_path):
     in_range = found.loc[[0, 2], "age"].between(bias["age_low"], bias["age_high"])
     assert found.loc[[0, 2], "corrected_in_range"].tolist() == in_range.tolist()
     assert "VOL-" in found.loc[3, "reason"]
+
+
+def test_check_holds_scans_against_a_run(trained, cohort, tmp_path):
+    run_dir = trained / "tiny_cnn" / "seed0-fold0"
+    run("check", "--manifest", cohort, "--run", run_dir, "--out", tmp_path)
+    found = pd.read_csv(tmp_path / "check.csv").fillna({"reason": ""})
+    splits = pd.read_csv(run_dir / "splits.csv")["split"]
+    seen = found["reason"].str.contains("trained or selected on this image")
+    assert seen.tolist() == (splits != "test").tolist()
+    assert set(found.loc[seen, "status"]) == {"check"}
+    page = (tmp_path / "scans.html").read_text()
+    assert page.count("<img") == len(found)
+    assert "overlap 0." in page
+    broken = pd.read_csv(cohort)[splits == "test"].head(2)
+    for column in ("image", "mask", "labels"):
+        broken[column] = [str(cohort.parent / name) for name in broken[column]]
+    image, mask = (nib.load(broken.iloc[0][column]) for column in ("image", "mask"))
+    voxels, inside = image.get_fdata(), mask.get_fdata() > 0
+    scores = (voxels - voxels[inside].mean()) / voxels[inside].std() + 0.02  # z-scores, almost without a mean
+    nib.save(nib.Nifti1Image(scores.astype(np.float32), image.affine), tmp_path / "scores.nii.gz")
+    broken.iloc[0, broken.columns.get_loc("image")] = str(tmp_path / "scores.nii.gz")
+    broken.to_csv(tmp_path / "broken.csv", index=False)
+    shown = run("check", "--manifest", tmp_path / "broken.csv", "--run", run_dir, "--out", tmp_path, "--data-root", "/",
+                code=3).output  # fmt: skip
+    (line,) = [line for line in shown.splitlines() if line.startswith("error")]
+    assert line.startswith("error CON-BROKEN  broken.csv row 2  intensity scale")
+    assert '<figure class="refused">' in (tmp_path / "scans.html").read_text()
+
+
+def test_a_checkpoint_of_an_earlier_version_predicts_and_says_what_it_lacks(trained, cohort, tmp_path, caplog):
+    run_dir = tmp_path / "arm" / "seed0-fold0"
+    shutil.copytree(trained / "tiny_cnn" / "seed0-fold0", run_dir)
+    for path in run_dir.glob("checkpoints/step-*/state.json"):
+        state = json.loads(path.read_text())
+        for name in ("strip", "fingerprint", "seen_voxels", "familiarity"):
+            state["meta"].pop(name, None)
+        path.write_bytes(sealed(state))
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    (run_dir / "metrics.json").write_text(json.dumps({k: v for k, v in metrics.items() if k != "interval"}))
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    run("predict", "--run", trained / "tiny_cnn" / "seed0-fold0", "-i", cohort, "-o", new)
+    caplog.clear()
+    run("predict", "--run", run_dir, "-i", cohort, "-o", old)
+    told = [record.message for record in caplog.records if "in this checkpoint" in record.message]
+    assert [text.split(":")[1] for text in told] == [
+        " no spread of training scans in this checkpoint",
+        " no features of training scans in this checkpoint",
+    ]
+    found, want = pd.read_csv(old), pd.read_csv(new)
+    np.testing.assert_array_equal(found["predicted_age"], want["predicted_age"])
+    assert found[["ood_score", "lower", "upper"]].isna().all(axis=None)
+    assert set(found["contract"]) != set(want["contract"])
+    assert found["in_training"].tolist() == want["in_training"].tolist()  # digests of volumes were there before
+    assert "CON-NONE" in run("check", "--manifest", cohort, "--run", run_dir, "--out", tmp_path, code=3).output
+    run("evaluate", "--run", run_dir)
+    assert json.loads((run_dir / "metrics.json").read_text())["interval"]["half_width"] > 0
+
+
+def test_the_interval_is_in_every_output(trained):
+    run_dir = trained / "tiny_cnn" / "seed0-fold0"
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    interval, state = metrics["interval"], next(run_dir.glob("checkpoints/step-*/state.json"))
+    test = pd.read_csv(run_dir / "predictions" / "test.csv")
+    np.testing.assert_allclose(test["upper"] - test["lower"], 2 * interval["half_width"], atol=2e-4)
+    first = test.sort_values("age").drop_duplicates("person")
+    inside = first["age"].between(first["lower"], first["upper"])
+    assert interval["coverage"]["value"] == pytest.approx(inside.mean())
+    page = (run_dir / "report" / "report.html").read_text()
+    assert "Prediction interval" in page
+    assert metrics["contract"] in page
+    assert {"strip", "fingerprint", "seen_voxels"} <= set(json.loads(state.read_text())["meta"])
 
 
 def test_predict_on_a_folder_finds_the_masks_beside_the_heads(trained, cohort, tmp_path):

@@ -9,7 +9,8 @@ from typing import Any
 
 from emoe_med.moe.balance import BALANCES
 from emoe_med.moe.basis import TokenMoments, TrackedBasis, orthonormality_error, random_orthonormal, retract
-from emoe_med.moe.dispatch import Weights
+from emoe_med.moe.dispatch import forget_copies
+from emoe_med.moe.engines import Weights
 from emoe_med.moe.experts.base import Experts
 from emoe_med.moe.experts.eigen import EigenExpertOptions, EigenExperts
 from emoe_med.moe.experts.mlp import MLPExperts, MLPOptions
@@ -24,7 +25,7 @@ from emoe_med.moe.interventions import (
 )
 from emoe_med.moe.layer import MoELayer
 from emoe_med.moe.published import load_published
-from emoe_med.moe.router import Place, Router, Routing
+from emoe_med.moe.router import Place, Router, Routing, StepSums
 from emoe_med.moe.routers.eigen import EigenOptions, EigenRouter
 from emoe_med.moe.routers.ermoe import ERMoEOptions, ERMoERouter
 from emoe_med.moe.routers.expert_choice import ExpertChoiceOptions, ExpertChoiceRouter
@@ -71,6 +72,7 @@ __all__ = [
     "Router",
     "Routing",
     "RoutingStats",
+    "StepSums",
     "TokenMoments",
     "TokenSample",
     "TrackedBasis",
@@ -78,6 +80,7 @@ __all__ = [
     "ablated_expert",
     "changed_share",
     "collected_tokens",
+    "forget_copies",
     "homogeneity",
     "load_published",
     "load_statistics",

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from emoe_med.moe.router import sum_over_ranks
+from emoe_med.moe.router import StepSums
 
 BalanceName = Literal["none", "bias", "bias_sign", "switch", "importance_load"]
 
@@ -65,12 +65,11 @@ class SignBias(Balance):
     DEFAULT_STRENGTH = 1e-3
 
     bias: Tensor
-    _load: Tensor
 
     def __init__(self, num_experts: int, strength: float | None = None) -> None:
         super().__init__(num_experts, strength)
         self.register_buffer("bias", torch.zeros(num_experts))
-        self.register_buffer("_load", torch.zeros(num_experts), persistent=False)
+        self.load = StepSums((num_experts,))
 
     def preference(self, scores: Tensor) -> Tensor:
         """Return scores + bias."""
@@ -80,14 +79,13 @@ class SignBias(Balance):
     def observe(self, scores: Tensor, expert_index: Tensor) -> None:
         """Count the tokens of each expert."""
         experts = torch.arange(self.num_experts, device=expert_index.device)
-        self._load += (expert_index.unsqueeze(-1) == experts).sum(dim=(0, 1))
+        self.load.add((expert_index.unsqueeze(-1) == experts).sum(dim=(0, 1)))
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Raise the bias of underloaded experts by u, lower that of overloaded ones."""
-        sum_over_ranks(self._load)
-        self.bias += self.strength * (self._load.mean() - self._load).sign()
-        self._load.zero_()
+        (load,) = self.load.take()
+        self.bias += self.strength * (load.mean() - load).sign()
 
 
 class MarginBias(SignBias):
@@ -106,43 +104,38 @@ class MarginBias(SignBias):
 
     margin: Tensor
     step: Tensor
-    _margin_sum: Tensor
-    _count: Tensor
 
     def __init__(self, num_experts: int, strength: float | None = None) -> None:
         super().__init__(num_experts, strength)
         self.register_buffer("margin", torch.zeros(()))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("_margin_sum", torch.zeros(()), persistent=False)
-        self.register_buffer("_count", torch.zeros(()), persistent=False)
+        self.margins = StepSums((), ())  # their sum and number
 
     @torch.no_grad()
     def observe(self, scores: Tensor, expert_index: Tensor) -> None:
         """Count the tokens of each expert and add up the margin between the two best scores."""
         super().observe(scores, expert_index)
         top = scores.topk(min(2, self.num_experts), dim=-1).values
-        self._margin_sum += (top[:, 0] - top[:, -1]).sum()
-        self._count += scores.shape[0]
+        self.margins.add((top[:, 0] - top[:, -1]).sum(), scores.new_tensor(scores.shape[0]))
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Move the bias by the clipped load error; nothing observed moves nothing."""
-        sum_over_ranks(self._load, self._margin_sum, self._count)
-        seen = (self._count > 0).float()  # kept on the device: a GPU need not wait for the answer
+        (load,) = self.load.take()
+        total, count = self.margins.take()
+        seen = (count > 0).float()  # kept on the device: a GPU need not wait for the answer
         self.step += seen.to(self.step.dtype)
         weight = torch.clamp_min(1 / self.step.clamp_min(1), 1 - self.DECAY) * seen
-        self.margin += weight * (self._margin_sum / self._count.clamp_min(1) - self.margin)
-        error = 1 - self._load / self._load.mean().clamp_min(1e-12)
+        self.margin += weight * (total / count.clamp_min(1) - self.margin)
+        error = 1 - load / load.mean().clamp_min(1e-12)
         self.bias += seen * self.strength * self.margin * error.clamp(-1, 1)
         self.bias -= self.bias.mean()
-        for accumulator in (self._load, self._margin_sum, self._count):
-            accumulator.zero_()
 
 
 class SwitchLoss(Balance):
     """a * E * sum_i f_i P_i: f_i the share of first choices, P_i the mean probability; a = 1e-2.
 
-    The shares are those of the whole batch over all ranks: balancing each small part of a batch by itself
+    The shares are those of all ranks and of the step so far: balancing each small part of a batch by itself
     hurts specialisation (Qiu et al. 2025, arXiv 2501.11873).
 
     Source: Fedus et al. 2022, arXiv 2101.03961, Eqs. 4-6.
@@ -150,15 +143,24 @@ class SwitchLoss(Balance):
 
     DEFAULT_STRENGTH = 1e-2
 
+    def __init__(self, num_experts: int, strength: float | None = None) -> None:
+        super().__init__(num_experts, strength)
+        self.first = StepSums((num_experts,))
+
     def loss(self, probs: Tensor, expert_index: Tensor, noise: Noise | None = None) -> Tensor:
         """Return the weighted loss []; `strength` where the load is even."""
         experts = torch.arange(self.num_experts, device=probs.device)
         first = (expert_index[:, :1] == experts).sum(0).float()
         if self.training:
-            sum_over_ranks(first)
+            self.first.add(first)
+            (first,) = self.first.so_far()
         share = first / first.sum().clamp_min(1)
         mean = probs.sum(0) / max(1, probs.shape[0])
         return self.strength * self.num_experts * (share * mean).sum()
+
+    def after_step(self) -> None:
+        """Start counting anew."""
+        self.first.take()
 
 
 class ImportanceLoadLoss(Balance):

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from emoe_med.moe.router import sum_over_ranks
+from emoe_med.moe.router import StepSums
+
+GOLDEN_RATIO = 0.5 * (5**0.5 - 1)
 
 
 def retract(matrix: Tensor) -> Tensor:
@@ -41,8 +43,9 @@ def random_orthonormal(width: int, rank: int, generator: torch.Generator | None 
 
 def orthonormality_error(basis: Tensor) -> Tensor:
     """Return ||U^T U - I||_F of [..., D, R] bases; its square is Eq. 3 of the EMoE paper without the weight."""
-    gram = basis.float().mT @ basis.float()
-    return torch.linalg.matrix_norm(gram - torch.eye(gram.shape[-1], device=gram.device))
+    gram = basis.double().mT @ basis.double()  # a GPU may round float32 products to ten bits
+    unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.matrix_norm(gram - unit).float()
 
 
 class TokenMoments(nn.Module):
@@ -51,8 +54,9 @@ class TokenMoments(nn.Module):
     Per optimiser step: covariance C <- (1-w) C + w C_batch with w = max(1 - decay, 1/step), so that the
     first steps are a plain average; the mean likewise, or 0 where tokens are not centred.
 
-    D x D statistics of more than `max_tokens` a step cost time and no longer change them; of more, every n-th is
-    taken.
+    D x D statistics of more than `max_tokens` a call cost time and no longer change them. Of more, so many are taken
+    at golden-ratio steps: evenly, and without a period that could fall in with the rows of a token grid. What is not
+    finite is left out, batch and all: it would stay in the averages for ever.
 
     Buffers: `covariance` [D, D], `mean` [D], `step` [].
     Source: H^T H / N of arXiv 2601.12137, section 2.
@@ -63,9 +67,6 @@ class TokenMoments(nn.Module):
     covariance: Tensor
     mean: Tensor
     step: Tensor
-    _count: Tensor
-    _sum: Tensor
-    _outer: Tensor
 
     def __init__(self, width: int, centre: bool = True, decay: float = 0.99, max_tokens: int = MAX_TOKENS) -> None:
         super().__init__()
@@ -75,36 +76,33 @@ class TokenMoments(nn.Module):
         self.register_buffer("covariance", torch.zeros(width, width))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("_count", torch.zeros(()), persistent=False)
-        self.register_buffer("_sum", torch.zeros(width), persistent=False)
-        self.register_buffer("_outer", torch.zeros(width, width), persistent=False)
+        self.sums = StepSums((), (width,), (width, width))  # number, tokens, outer products
 
     @torch.no_grad()
     def observe(self, tokens: Tensor) -> None:
         """Add the first and second moments of tokens [N, D] to the accumulators."""
-        stride = -(-tokens.shape[0] // self.max_tokens) or 1
-        sample = tokens.detach()[::stride].float()
-        self._count += sample.shape[0]
-        self._sum += sample.sum(0)
-        self._outer += sample.T @ sample
+        sample = tokens.detach()
+        if len(tokens) > self.max_tokens:
+            steps = torch.arange(self.max_tokens, dtype=torch.float64, device=tokens.device)
+            sample = sample.index_select(0, (steps * GOLDEN_RATIO % 1 * len(tokens)).long())
+        sample = sample.float()
+        self.sums.add(sample.new_tensor(len(sample)), sample.sum(0), sample.T @ sample)
 
     @torch.no_grad()
     def after_step(self) -> bool:
         """Average in what was observed since the last step over all ranks; False where that was nothing."""
-        sum_over_ranks(self._count, self._sum, self._outer)
-        seen = bool(self._count > 0)
+        count, total, outer = self.sums.take()
+        seen = bool((count > 0) & outer.isfinite().all())
         if seen:
             self.step += 1
             weight = max(1 - self.decay, 1 / int(self.step))
-            batch_mean = self._sum / self._count
+            batch_mean = total / count
             if self.centre:
                 self.mean.lerp_(batch_mean, weight)
             cross = torch.outer(batch_mean, self.mean)
-            second_moment = self._outer / self._count
+            second_moment = outer / count
             batch_covariance = second_moment - cross - cross.T + torch.outer(self.mean, self.mean)
             self.covariance.lerp_(batch_covariance, weight)
-        for accumulator in (self._count, self._sum, self._outer):
-            accumulator.zero_()
         return seen
 
     def exact(self, rank: int) -> Tensor:

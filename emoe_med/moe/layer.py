@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emoe_med.moe.experts.base import Experts
-from emoe_med.moe.router import Place, Router, Routing, sum_over_ranks
+from emoe_med.moe.router import Place, Router, Routing, StepSums
 
 
 class MoELayer(nn.Module):
@@ -17,8 +17,6 @@ class MoELayer(nn.Module):
     depend on the scale of the stream). `normalise=False` serves callers that hand in normalised tokens.
     """
 
-    _load: Tensor
-
     def __init__(self, router: Router, experts: Experts, normalise: bool = True) -> None:
         super().__init__()
         if router.needs_basis and not experts.has_basis:
@@ -27,7 +25,7 @@ class MoELayer(nn.Module):
         self.experts: Experts = experts
         self.normalise = normalise
         self.alpha = nn.Parameter(torch.ones(()))
-        self.register_buffer("_load", torch.zeros(router.num_experts), persistent=False)
+        self.load = StepSums((router.num_experts,))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Route and transform the tokens of a batch.
@@ -35,7 +33,7 @@ class MoELayer(nn.Module):
         Args:
             x: [B, T, D].
             mask: [B, T] bool; False tokens (air around the head, prefix tokens) pass through unchanged and
-                are seen by no router, expert or statistic.
+                are seen by no router, expert or statistic. A GPU has to tell the host how many tokens are left.
             context: [B, T, D] for routers that compare a token with its surroundings.
 
         Returns:
@@ -53,10 +51,10 @@ class MoELayer(nn.Module):
         surroundings = None if surroundings is None else self._normal(surroundings)
         routing = self.router(tokens, self.experts, surroundings, place)
         if self.training:
-            self._load += routing.load()
-        out = self.experts(tokens, routing, self.alpha, stream)
+            self.load.add(routing.load())
+        out = self.experts(tokens, routing, self.alpha, stream).to(x.dtype)
         if kept is not None:
-            out = flat.index_copy(0, kept, out.to(flat.dtype))
+            out = flat.index_copy(0, kept, out)
         return out.view_as(x), routing
 
     def _normal(self, tokens: Tensor) -> Tensor:
@@ -72,10 +70,8 @@ class MoELayer(nn.Module):
         The optimiser keeps the weights and moments of idle experts as they were: a zero gradient alone would
         still let weight decay and momentum move them.
         """
-        sum_over_ranks(self._load)
-        idle = self._load == 0
-        self._load.zero_()
-        return idle
+        (load,) = self.load.take()
+        return load == 0
 
     def after_step(self) -> None:
         """Move the state of router and experts once per optimiser step."""

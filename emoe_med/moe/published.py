@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from emoe_med.moe.layer import MoELayer
+from emoe_med.moe.routers.eigen import EigenRouter
 
 
 @torch.no_grad()
@@ -35,6 +36,19 @@ def load_published(layer: MoELayer, tensors: Mapping[str, Tensor], prefix: str =
             raise ValueError(f"{prefix}{name} is {tuple(found[name].shape)}, not {tuple(target.shape)}")
     for name, target in routes.items():
         target.copy_(found[name])
+    if isinstance(layer.router, EigenRouter):
+        _retract_before_training(layer.router)
+
+
+def _retract_before_training(router: EigenRouter) -> None:
+    """Make the frames orthonormal at the first training pass: they were published as a step had left them."""
+
+    def retract_once(module: torch.nn.Module, args: tuple[object, ...]) -> None:
+        if module.training:
+            router.retract()
+            handle.remove()
+
+    handle = router.register_forward_pre_hook(retract_once)
 
 
 def _names(layer: MoELayer) -> dict[str, Tensor]:

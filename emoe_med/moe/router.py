@@ -7,7 +7,7 @@ E experts, K experts per token, R rank of the basis, b hidden width of an expert
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +132,44 @@ def gate_values(probs: Tensor, expert_index: Tensor, scale: GateScale) -> Tensor
     if scale == "prob_times_E":
         return chosen * probs.shape[-1]
     return 1 + chosen - chosen.detach()
+
+
+class StepSums(nn.Module):
+    """Sums over the forward passes of one optimiser step, each rank its own until they are taken.
+
+    They are no buffers: DDP puts rank 0's buffers in place of all others' before each forward pass.
+    """
+
+    def __init__(self, *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sums = [torch.zeros(shape) for shape in shapes]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StepSums:
+        self.sums = [fn(total).float() for total in self.sums]  # to another device, never to a lower precision
+        return super()._apply(fn, recurse)
+
+    @torch.no_grad()
+    def add(self, *values: Tensor) -> None:
+        """Add one value to each sum."""
+        for total, value in zip(self.sums, values, strict=True):
+            total += value
+
+    def so_far(self) -> list[Tensor]:
+        """Return the sums over all ranks, and go on."""
+        totals = [total.clone() for total in self.sums]
+        sum_over_ranks(*totals)
+        return totals
+
+    def take(self) -> list[Tensor]:
+        """Return the sums over all ranks, and start anew."""
+        totals = self.so_far()
+        self.clear()
+        return totals
+
+    def clear(self) -> None:
+        """Start anew: after a step that is left out."""
+        for total in self.sums:
+            total.zero_()
 
 
 def sum_over_ranks(*sums: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from emoe_med.config import TrainingConfig
 from emoe_med.errors import DivergedError, Fault
+from emoe_med.moe import StepSums
 from emoe_med.training import optim, runtime
 from emoe_med.training.loader import ResumableSampler, augmentation_keys, make_loader, read_batches
 from emoe_med.training.task import Batch, Task
@@ -183,7 +184,10 @@ class Trainer:
         """Make no update, tell rows and loss parts, and stop unless the options permit to go on."""
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), buffers, strict=bool(buffers)):
-            buffer.copy_(before)  # running statistics and token counts have seen the bad batch
+            buffer.copy_(before)  # running statistics have seen the bad batch
+        for module in self.model.modules():
+            if isinstance(module, StepSums):
+                module.clear()  # and so have token counts
         at = self.position
         at.left_out += 1
         rows = self.machine.gather([row for batch in batches for row in batch["row"].tolist()])

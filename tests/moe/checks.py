@@ -1,5 +1,7 @@
 """What every router and every kind of expert has to keep: run by test_conformance.py and by docs/new_router.md."""
 
+import copy
+
 import torch
 
 from emoe_med.moe import MLPExperts, MLPOptions, MoELayer
@@ -97,6 +99,23 @@ def check_order_of_samples_does_not_matter(layer):
     torch.testing.assert_close(z, y.flip(0))
 
 
+def check_a_sample_does_not_depend_on_the_others(layer):
+    """Alone or in a batch, a sample gets the same output."""
+    x = torch.randn(4, 10, WIDTH)
+    y, _ = call(layer.eval(), x)
+    z, _ = call(layer, x[1:2])
+    torch.testing.assert_close(z, y[1:2])
+
+
+def check_other_precisions_run(layer):
+    """A model in half or double precision routes in float32 and returns its own precision."""
+    for dtype in (torch.bfloat16, torch.float64):
+        other = copy.deepcopy(layer).to(dtype).eval()
+        y, routing = call(other, torch.randn(2, 10, WIDTH, dtype=dtype))
+        assert y.dtype == dtype
+        assert routing.gate.dtype == routing.probs.dtype == torch.float32
+
+
 def check_masked_tokens_leave_no_trace(layer):
     """Masked tokens pass unchanged, and nothing about them reaches the others."""
     x, mask = torch.randn(3, 10, WIDTH), torch.rand(3, 10) > 0.3
@@ -153,7 +172,7 @@ def check_training_keeps_frames_and_idle_experts(layer):
         optimizer.zero_grad()
         (y.square().mean() + routing.aux_loss).backward()
         before = {name: p.detach().clone() for name, p in layer.named_parameters()}
-        idle = layer._load == 0
+        idle = layer.load.sums[0] == 0
         update(optimizer, layer)
         for name, parameter in layer.experts.named_parameters(prefix="experts"):
             if parameter.shape[:1] == (EXPERTS,) and idle.any():
@@ -171,8 +190,6 @@ def check_training_keeps_frames_and_idle_experts(layer):
 
 
 def build_like(layer):
-    import copy
-
     fresh = copy.deepcopy(layer)
     for parameter in fresh.parameters():
         torch.nn.init.normal_(parameter.data)

@@ -42,6 +42,7 @@ def test_the_switch_loss_by_hand():
     torch.testing.assert_close(balance.loss(PROBS, select(PROBS, 1)), torch.tensor(1.0))
     # second choices are no first choices
     torch.testing.assert_close(balance.loss(PROBS, select(PROBS, 2)), torch.tensor(1.0))
+    balance.after_step()
     skewed = torch.tensor([[0.9, 0.1], [0.8, 0.2]])
     torch.testing.assert_close(balance.loss(skewed, select(skewed, 1)), torch.tensor(2 * 0.85))
     assert SwitchLoss(2).strength == 0.01

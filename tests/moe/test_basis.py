@@ -84,3 +84,25 @@ def test_micro_batches_add_up_and_nothing_seen_moves_nothing():
     assert torch.equal(before, two.basis)
     torch.testing.assert_close(one.covariance, two.covariance, atol=1e-4, rtol=0)
     assert set(one.state_dict()) == {"basis", "covariance", "mean", "step"}
+
+
+def test_of_many_tokens_an_even_sample_is_taken_whatever_the_grid():
+    # 128 images of 14 x 14 tokens, whose columns differ: every column must be seen, and as often
+    tracked = TrackedBasis(14, 3)
+    tracked.observe(torch.eye(14).repeat(128 * 14, 1))
+    count, total, _ = tracked.sums.take()
+    assert count == TrackedBasis.MAX_TOKENS
+    torch.testing.assert_close(total / count, torch.full((14,), 1 / 14), atol=0.004, rtol=0)
+
+
+def test_a_batch_that_is_not_finite_leaves_no_trace():
+    tracked = TrackedBasis(6, 2)
+    tracked.observe(torch.randn(50, 6))
+    tracked.after_step()
+    before = {name: value.clone() for name, value in tracked.state_dict().items()}
+    tracked.observe(torch.full((1, 6), torch.inf))
+    tracked.after_step()
+    assert all(torch.equal(before[name], value) for name, value in tracked.state_dict().items())
+    tracked.observe(torch.randn(50, 6))
+    tracked.after_step()
+    assert tracked.basis.isfinite().all()

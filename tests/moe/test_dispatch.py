@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe_med.moe import dispatch
-from emoe_med.moe.dispatch import Grouped, Segments, Weights, grouped_mlp, reference_mlp
+from emoe_med.moe.dispatch import grouped_mlp, reference_mlp
+from emoe_med.moe.engines import Grouped, Segments, Weights
 
 
 def problem(n, width, hidden, experts, top_k, dtype=torch.float64, used=None, bias=False, dropped=0.0):
@@ -129,11 +130,12 @@ def test_narrow_experts_stay_in_float32_on_a_cpu():
         assert grouped_mlp(x, index, gate, weights).dtype == torch.float32
 
 
-def test_a_low_precision_copy_lives_until_the_weights_change():
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_low_precision_copy_lives_until_the_weights_change(fused):
     weight = torch.nn.Parameter(torch.randn(3, 4, 4))
     first = dispatch._cast(weight, torch.bfloat16)
     assert dispatch._cast(weight, torch.bfloat16) is first
-    optimizer = torch.optim.AdamW([weight], 0.1)
+    optimizer = torch.optim.AdamW([weight], 0.1, fused=fused)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     second = dispatch._cast(weight, torch.bfloat16)
@@ -142,6 +144,19 @@ def test_a_low_precision_copy_lives_until_the_weights_change():
     torch.nn.Module.load_state_dict(holder := torch.nn.ParameterDict({"w": weight}), {"w": torch.zeros(3, 4, 4)})
     assert not dispatch._cast(holder["w"], torch.bfloat16).any()
     assert dispatch._cast(weight, torch.float32) is not weight
+    weight.data.add_(1)
+    dispatch.forget_copies()
+    assert (dispatch._cast(weight, torch.bfloat16) == 1).all()
+
+
+def test_training_goes_on_after_an_evaluation_in_inference_mode(monkeypatch):
+    monkeypatch.setattr(dispatch, "NARROW_ON_CPU", 0)
+    index, x, gate, weights = problem(20, 8, 4, 3, 1, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            grouped_mlp(x, index, gate, weights)
+        grouped_mlp(x, index, gate, weights).sum().backward()
+    assert weights.w1.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("engine", [Segments, Grouped])

@@ -98,3 +98,17 @@ def test_published_loss_free_gates_with_the_sigmoid_and_selects_with_the_bias():
 def test_importance_load_without_noise_is_refused():
     with pytest.raises(ValueError, match="noise"):
         LinearOptions(noise=0)
+
+
+def test_priority_is_certainty_whatever_the_gate():
+    for gate in ("prob", "one", "prob_times_E"):
+        made = router(IDENTITY, 1, eval_capacity=2 / 3, batch_priority=True, gate=gate).eval()
+        # one expert is wanted by all three and has one slot: the surest token, the second, gets it
+        assert (made(TOKENS, None).gate[:, 0] > 0).tolist() == [False, True, False]
+
+
+def test_a_capacity_is_not_rounded_up_by_a_rounding_error():
+    made = LinearRouter(4, 8, 1, LinearOptions(eval_capacity=1.1))
+    made.weight.data.zero_()  # all tokens want the first expert
+    routing = made.eval()(torch.randn(400, 4), None)
+    assert routing.load().max() == 55  # 1.1 * 400 / 8

@@ -103,13 +103,12 @@ def test_evaluation_leaves_the_stored_frames_alone():
 def test_several_steps_visit_the_same_weights():
     torch.manual_seed(2)
     theirs, layer = PublishedBranch("top1").train(), ours(1)
-    load_published(layer, theirs.state_dict())
-    layer.train()
+    load_published(layer, theirs.state_dict())  # a fresh layer is in training mode
     optimizers = [torch.optim.SGD(m.parameters(), 0.05) for m in (theirs, layer)]
     for _ in range(10):
         x = torch.randn(2, 30, D)
         for module, optimizer in zip((theirs, layer), optimizers, strict=True):
-            out, _ = module(x)
+            out, _ = module(x)  # the first one retracts
             optimizer.zero_grad()
             (out - x.roll(1, -1)).square().mean().backward()
             optimizer.step()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emoe_med.moe.dispatch import Weights, grouped_mlp
+from emoe_med.moe.dispatch import grouped_mlp
+from emoe_med.moe.engines import Weights
 from emoe_med.moe.router import Routing
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from emoe_med.moe.basis import random_orthonormal, retract_
-from emoe_med.moe.dispatch import Weights
+from emoe_med.moe.engines import Weights
 from emoe_med.moe.experts.base import Experts
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from emoe_med.moe.dispatch import Weights
+from emoe_med.moe.engines import Weights
 from emoe_med.moe.experts.base import Experts
 
 

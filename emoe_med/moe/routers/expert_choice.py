@@ -39,7 +39,7 @@ class ExpertChoiceRouter(Router):
         """Route tokens [N, D]; the routing has E slots per token, those not chosen are dropped."""
         place = place or Place.alone(tokens)
         with torch.autocast(tokens.device.type, enabled=False):
-            probs = (tokens.float() @ self.weight).softmax(-1)
+            probs = (tokens.float() @ self.weight.float()).softmax(-1)
         chosen = self._choose(probs.detach(), place)
         index = torch.arange(self.num_experts, device=probs.device).expand_as(probs)
         return Routing(index, probs * chosen, probs, probs.new_zeros(()))

@@ -73,7 +73,7 @@ class LinearRouter(Router):
             tokens = tokens.float()
             if self.training and options.jitter:
                 tokens = tokens * torch.empty_like(tokens).uniform_(1 - options.jitter, 1 + options.jitter)
-            logits = tokens @ self.weight
+            logits = tokens @ self.weight.float()
             sigma = options.noise / self.num_experts
             noisy = logits + sigma * torch.randn_like(logits) if self.training and sigma else logits
             scores = self._score(noisy)
@@ -81,8 +81,8 @@ class LinearRouter(Router):
             gate = gate_values(scores, index, options.gate)
             capacity = options.capacity if self.training else options.eval_capacity
             if capacity is not None:
-                slots = math.ceil(capacity * index.numel() / self.num_experts)
-                priority = gate.detach().amax(-1) if options.batch_priority else None
+                slots = math.ceil(capacity * index.numel() / self.num_experts - 1e-9)  # 1.1 x 50 are 55
+                priority = scores.detach().gather(-1, index).amax(-1) if options.batch_priority else None
                 gate = gate * within_capacity(index, self.num_experts, slots, priority)
             probs = scores if noisy is logits else self._score(logits)
             probs = probs / probs.sum(-1, keepdim=True) if options.score == "sigmoid" else probs

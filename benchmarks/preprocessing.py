@@ -47,7 +47,7 @@ def have(module: str) -> bool:
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
     """Soft Dice of two maps in [0, 1]."""
-    return float(2 * np.minimum(a, b).sum() / (a.sum() + b.sum()))
+    return float(2 * np.minimum(a, b).sum() / (a.sum(dtype=float) + b.sum(dtype=float)))
 
 
 # Masks

@@ -194,9 +194,9 @@ def test_dicom_gets_the_line_to_run(tmp_path):
     (folder / "IM0001").write_bytes(bytes(128) + b"DICM" + bytes(500))
     out = ("-o", tmp_path / "o", "--steps", "light")
     assert "dcm2niix" in run("--manifest", folder, *out, code=3).stderr
-    for image in ("IM0001", "."):
-        (folder / "m.csv").write_text(f"image,mask\n{image},IM0001\n")
-        assert "dcm2niix" in run("--manifest", folder / "m.csv", *out, code=3).stderr
+    for image in ("dicom/IM0001", "dicom"):
+        (tmp_path / "m.csv").write_text(f"image,mask\n{image},dicom/IM0001\n")
+        assert "dcm2niix" in run("--manifest", tmp_path / "m.csv", *out, code=3).stderr
 
 
 def test_names_are_bids_labels_and_never_twice():

@@ -4,7 +4,7 @@ MANIFEST ?= demo/cohort/manifest.csv
 # uv does not read pip's configuration; hand it the folder of local wheels, where pip has one
 export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS),$(shell $(PY) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: demo test lint faults bench bench-brainage ui clean
+.PHONY: demo test lint faults bench bench-brainage ui preprocess-extra clean
 
 demo: .venv/.installed
 	$(BIN)/python -m emoe_med.brainage demo
@@ -26,6 +26,11 @@ bench-brainage: .venv/.installed
 
 ui: .venv/.installed
 	$(BIN)/python -m emoe_med.brainage ui --out demo/runs
+
+# skull strip and bias field for `preprocess`: 310 MB; the constraint keeps torch as it is
+preprocess-extra: .venv/.installed
+	$(BIN)/uv pip install -q --python $(BIN)/python -c requirements.lock -r requirements-preprocess.lock \
+	  || $(BIN)/python -m pip install -q -c requirements.lock -r requirements-preprocess.lock
 
 clean:
 	rm -rf .venv demo runs

@@ -18,7 +18,7 @@ LEVELS = {
 }
 OWNERS = {
     "mlflow": {"training/tracking.py"},
-    "nibabel": {"data/volume.py"},
+    "nibabel": {"data/volume.py", "data/nifti.py", "data/mgh.py"},
 }
 TORCH_ONLY = "moe"
 

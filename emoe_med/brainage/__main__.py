@@ -10,6 +10,7 @@ import typer
 
 from emoe_med.brainage.cli import say, verb
 from emoe_med.brainage.manifest_cli import manifest_app
+from emoe_med.brainage.preprocess_cli import preprocess
 from emoe_med.errors import EXIT_PARTIAL, ConfigError, Fault
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     help="Brain age from T1 MRI with an eigenbasis-routed mixture of experts. Not for diagnosis.",
 )
 app.add_typer(manifest_app, name="manifest")
+app.command()(preprocess)
 
 PAGES = ("check.csv", "check.html", "scans.html")  # what `check` writes
 CONFIGS = Path(__file__).parent.parent.parent / "configs" / "brainage"

@@ -34,6 +34,8 @@ _KINDS = (  # offset, magic, what it is: met under the name of a volume
     (0, b"\x89PNG", "a PNG picture"),
     (0, b"\xff\xd8\xff", "a JPEG picture"),
 )
+DICOM_HINT = "make one file of a folder of DICOM files: dcm2niix -z y -b y -o OUT FOLDER"
+KIND_HINTS = {"DICOM": DICOM_HINT}
 _CHUNK_BYTES = 1 << 18
 _MAX_INFLATION = 1032  # deflate codes at most 258 bytes in 2 bits
 _MAX_TAIL_BYTES = 64 << 10  # read beyond the expected end before giving up
@@ -98,10 +100,15 @@ def check_name(name: str, head: bytes, packed: bool) -> None:
         refuse("VOL-EMPTY", "holds no bytes once inflated")
     if packed and head.startswith(GZIP_MAGIC):
         refuse("VOL-SIZE", "is gzip inside gzip", "decompress it once")
-    if name.lower().endswith(".gz") and not packed:
-        refuse("VOL-FORMAT", f"is named .gz, but is not gzip: it holds {kind_of(head)}")
-    if name.lower().endswith(".nii") and packed:
-        refuse("VOL-FORMAT", f"is named .nii, but is gzip: it holds {kind_of(head)}")
+    name, kind = name.lower(), kind_of(head)
+    ending = name[name.rfind(".") :]
+    if ending in (".gz", ".mgz") and not packed:
+        reason = f"is named {ending}, but is not gzip: it holds {kind}"
+        refuse("VOL-FORMAT", reason, KIND_HINTS.get(kind))
+    if ending in (".nii", ".mgh") and packed:
+        refuse("VOL-FORMAT", f"is named {ending}, but is gzip: it holds {kind}")
+    if (kind == "FreeSurfer MGH") != name.endswith((".mgh", ".mgz")) and "." in name:
+        refuse("VOL-FORMAT", f"is named {ending}, but holds {kind}")
 
 
 class ByteStream:
@@ -142,14 +149,14 @@ class ByteStream:
             filled += len(piece)
         return content
 
-    def finish(self) -> None:
-        """Read on to the end, which has the checksum verified; nothing may follow."""
-        tail = 0
+    def finish(self, allowed: int = 0) -> None:
+        """Read on to the end, which has the checksum verified; at most ``allowed`` bytes may follow."""
+        tail, limit = 0, max(allowed, _MAX_TAIL_BYTES)
         while piece := self._next(_MAX_TAIL_BYTES):
             tail += len(piece)
-            if tail > _MAX_TAIL_BYTES:
-                refuse("VOL-SIZE", f"more than {_MAX_TAIL_BYTES} bytes follow the last voxel")
-        if tail:
+            if tail > limit:
+                refuse("VOL-SIZE", f"more than {limit} bytes follow the last voxel")
+        if tail > allowed:
             refuse("VOL-TRAIL", f"{tail} bytes follow the last voxel")
 
     def _next(self, size: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -27,6 +28,22 @@ class VolumeLimits:
 
 
 DEFAULT_LIMITS = VolumeLimits()
+
+
+def check_size(sizes: Sequence[int], limits: VolumeLimits) -> tuple[int, int, int]:
+    """Return the shape [X, Y, Z] of one volume, of three or more axes.
+
+    Raises:
+        VolumeError: VOL-DIM (not 3-D, several volumes) or VOL-SIZE.
+    """
+    text = " x ".join(map(str, sizes))
+    if len(sizes) < 3 or min(sizes) < 1 or min(sizes[:3]) < 2:
+        refuse("VOL-DIM", f"size {text} is not a 3-D volume")
+    if math.prod(sizes[3:]) > 1:
+        refuse("VOL-DIM", f"size {text} holds several volumes", "keep one of them")
+    if math.prod(sizes) > limits.max_voxels:
+        refuse("VOL-SIZE", f"size {text} is above the limit of {limits.max_voxels} voxels")
+    return sizes[0], sizes[1], sizes[2]
 
 
 def check_affine(name: str, affine: np.ndarray, limits: VolumeLimits) -> None:

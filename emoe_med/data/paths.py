@@ -14,6 +14,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+from emoe_med.data.files import DICOM_HINT
 from emoe_med.errors import DataError, Fault
 
 ROOT_VARIABLE = "EMOE_MED_DATA_ROOT"
@@ -120,7 +121,8 @@ def _regular_file(real: str, text: str) -> tuple[int, int]:
     except OSError as error:
         raise _unreachable(error, text) from None
     if not stat.S_ISREG(status.st_mode):
-        raise _refusal("VOL-KIND", "not a regular file", text)
+        hint = DICOM_HINT if stat.S_ISDIR(status.st_mode) else None
+        raise _refusal("VOL-KIND", "not a regular file", text, hint)
     if status.st_size == 0:
         raise _refusal("VOL-EMPTY", "file is empty", text)
     return status.st_dev, status.st_ino
@@ -138,5 +140,5 @@ def _is_inside(path: str, folder: str) -> bool:
     return path.startswith(folder.rstrip("/") + "/")
 
 
-def _refusal(code: str, reason: str, text: str) -> DataError:
-    return DataError(Fault(code, reason, file=printable(text)))
+def _refusal(code: str, reason: str, text: str, hint: str | None = None) -> DataError:
+    return DataError(Fault(code, reason, file=printable(text), hint=hint))

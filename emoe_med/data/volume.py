@@ -20,20 +20,12 @@ import nibabel as nib
 import numpy as np
 from monai.data import ImageReader
 from monai.utils import MetaKeys, SpaceKeys
-from nibabel.nifti1 import data_type_codes
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
-from nibabel.spatialimages import HeaderDataError
 
-from emoe_med.data.files import ByteStream, check_name, kind_of, opened, refuse, replace_file
-from emoe_med.data.limits import DEFAULT_LIMITS, VolumeLimits, affines_differ, check_affine, judge_intensity
-
-_NIFTI = {  # header size, the header's first field: class, place of the magic, single file, pair
-    348: (nib.Nifti1Header, slice(344, 348), b"n+1\0", b"ni1\0"),
-    540: (nib.Nifti2Header, slice(4, 12), b"n+2\0\r\n\x1a\n", b"ni2\0\r\n\x1a\n"),
-}
-_REAL_TYPES = frozenset({2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280})  # NIfTI codes of 8 to 64 bit numbers
-_MAX_EXTENSION_BYTES = 16 << 20  # header extensions are skipped, never parsed
-_MAX_SLOPE = 1e6
+from emoe_med.data.files import ByteStream, check_name, opened, refuse, replace_file
+from emoe_med.data.limits import DEFAULT_LIMITS, VolumeLimits, affines_differ, judge_intensity
+from emoe_med.data.mgh import MGH_HEADER_BYTES, MGH_MAGIC, mgh_layout
+from emoe_med.data.nifti import NIFTI_HEADER_BYTES, Layout, nifti_layout
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,7 @@ def read_volume(path: Path, limits: VolumeLimits = DEFAULT_LIMITS) -> Volume:
     """Read one volume, whole and checked, in RAS orientation.
 
     Args:
-        path: NIfTI-1 or NIfTI-2 file, plain or gzip, of either byte order.
+        path: NIfTI-1 or NIfTI-2 file of either byte order, or FreeSurfer's MGH; plain or gzip.
         limits: Largest size and spacing range in mm.
 
     Returns:
@@ -166,31 +158,21 @@ class StrictReader(ImageReader):
         }
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where the voxels of a file lie and what they mean, whatever its format."""
-
-    shape: tuple[int, int, int]
-    dtype: np.dtype  # as stored, with byte order
-    offset: int  # of the first voxel, in inflated bytes
-    slope: float
-    intercept: float
-    affine: np.ndarray  # [4, 4], voxel index of the file -> RAS mm
-    notes: tuple[str, ...]
-
-
-def _read_voxels(stream: ByteStream, name: str, limits: VolumeLimits) -> tuple[_Layout, np.ndarray]:
+def _read_voxels(stream: ByteStream, name: str, limits: VolumeLimits) -> tuple[Layout, np.ndarray]:
     """Read a stream to its end; voxels of shape [I, J, K], float32, in the axis order of the file."""
-    head = stream.take(min(_NIFTI))
+    head = stream.take(MGH_HEADER_BYTES)
+    is_mgh = head.startswith(MGH_MAGIC)
+    if not is_mgh:
+        head += stream.take(NIFTI_HEADER_BYTES - MGH_HEADER_BYTES)
     check_name(name, head, stream.packed)
-    # A further format is one more function from its header to a _Layout, chosen here by magic.
-    layout = _nifti_layout(head, stream, limits)
+    # a further format is one more function from its header to a Layout, chosen here by magic
+    layout = mgh_layout(head, limits) if is_mgh else nifti_layout(head, stream, limits)
     num_bytes = math.prod(layout.shape) * layout.dtype.itemsize
     if layout.offset + num_bytes > stream.capacity:
         refuse("VOL-TRUNC", f"is too short for {num_bytes} bytes of voxels", "copy the file again")
     stream.fill(layout.offset - stream.position)
     stored = stream.fill(num_bytes).view(layout.dtype).reshape(layout.shape, order="F")
-    stream.finish()
+    stream.finish(layout.tail_bytes)
     with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold becomes Inf and is refused
         if (layout.slope, layout.intercept) == (1.0, 0.0):
             return layout, stored.astype(np.float32)
@@ -198,105 +180,3 @@ def _read_voxels(stream: ByteStream, name: str, limits: VolumeLimits) -> tuple[_
         for k in range(layout.shape[2]):  # slice by slice: the float64 copy stays small
             voxels[..., k] = stored[..., k] * np.float64(layout.slope) + layout.intercept
     return layout, voxels
-
-
-def _nifti_layout(head: bytes, stream: ByteStream, limits: VolumeLimits) -> _Layout:
-    header = _nifti_header(head, stream)
-    shape, notes = _shape(header, limits)
-    offset = float(header["vox_offset"])
-    if not (offset >= header.sizeof_hdr + 4 and offset.is_integer()):  # 4 bytes say if extensions follow
-        refuse("VOL-FORMAT", f"voxel offset {offset:g} does not lie behind the header")
-    if offset > _MAX_EXTENSION_BYTES:
-        refuse("VOL-SIZE", f"header extension of {offset:g} bytes")
-    slope, intercept = _scaling(header)
-    return _Layout(
-        shape=shape,
-        dtype=_dtype(header),
-        offset=int(offset),
-        slope=slope,
-        intercept=intercept,
-        affine=_affine(header, shape, limits),
-        notes=notes,
-    )
-
-
-def _nifti_header(head: bytes, stream: ByteStream) -> nib.Nifti1Header:
-    """Return the unchecked header; nibabel's NIfTI-2 header is a kind of its NIfTI-1 header."""
-    for order, endian in (("little", "<"), ("big", ">")):
-        size = int.from_bytes(head[:4], order)
-        if size not in _NIFTI:
-            continue
-        header_class, place, single, pair = _NIFTI[size]
-        head += stream.take(size - len(head))
-        if len(head) < size:
-            refuse("VOL-TRUNC", f"ends within the header, after {len(head)} bytes", "copy the file again")
-        if head[place] == pair:
-            refuse("VOL-FORMAT", "is one half of a .hdr/.img pair", "convert it to one .nii.gz file")
-        if head[place] != single:
-            refuse("VOL-FORMAT", f"is Analyze 7.5 or a damaged NIfTI header (magic {head[place]!r})")
-        return header_class(head, endian, check=False)
-    refuse("VOL-FORMAT", f"is not NIfTI: it holds {kind_of(head)}")
-
-
-def _shape(header: nib.Nifti1Header, limits: VolumeLimits) -> tuple[tuple[int, int, int], tuple[str, ...]]:
-    num_axes, *sizes = (int(size) for size in header["dim"])
-    if not 1 <= num_axes <= 7:
-        refuse("VOL-DIM", f"header tells of {num_axes} axes")
-    sizes = sizes[:num_axes]
-    text = " x ".join(map(str, sizes))
-    if num_axes < 3 or min(sizes) < 1 or min(sizes[:3]) < 2:
-        refuse("VOL-DIM", f"size {text} is not a 3-D volume")
-    if math.prod(sizes[3:]) > 1:
-        refuse("VOL-DIM", f"size {text} holds several volumes", "keep one of them")
-    if math.prod(sizes) > limits.max_voxels:
-        refuse("VOL-SIZE", f"size {text} is above the limit of {limits.max_voxels} voxels")
-    notes = (f"{num_axes}-D file of one volume, read as 3-D",) if num_axes > 3 else ()
-    return (sizes[0], sizes[1], sizes[2]), notes
-
-
-def _dtype(header: nib.Nifti1Header) -> np.dtype:
-    code, bits = int(header["datatype"]), int(header["bitpix"])
-    if code not in _REAL_TYPES:
-        name = data_type_codes.label[code] if code in data_type_codes else "unknown"
-        refuse("VOL-DTYPE", f"data type {code} ({name}) is not one real number per voxel")
-    dtype = header.get_data_dtype()
-    if bits != 8 * dtype.itemsize:
-        refuse("VOL-DTYPE", f"header tells of {bits} bits per voxel, {dtype.name} has {8 * dtype.itemsize}")
-    return dtype
-
-
-def _scaling(header: nib.Nifti1Header) -> tuple[float, float]:
-    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope == 0 or math.isnan(slope):  # NIfTI: no scaling, and the intercept has no meaning
-        return 1.0, 0.0
-    if not 0 < slope <= _MAX_SLOPE:
-        refuse("VOL-SCALE", f"slope {slope:g} is outside 0 to {_MAX_SLOPE:g}")
-    if not math.isfinite(intercept):
-        refuse("VOL-SCALE", f"intercept is {intercept:g}")
-    return slope, intercept
-
-
-def _affine(header: nib.Nifti1Header, shape: tuple[int, int, int], limits: VolumeLimits) -> np.ndarray:
-    """Return the sform where its code is set, else the qform; both must agree where both are set."""
-    unit = int(header["xyzt_units"]) & 7
-    if unit not in (0, 2):
-        names = {1: "metres", 3: "microns"}
-        refuse("VOL-SPACING", f"header unit is {names.get(unit, unit)}", "millimetres are wanted")
-    if header["pixdim"][0] == 0:
-        header["pixdim"][0] = 1  # NIfTI: a qfac of 0 means 1
-    try:
-        with np.errstate(all="ignore"):
-            forms = {"sform": header.get_sform(coded=True), "qform": header.get_qform(coded=True)}
-    except (HeaderDataError, ValueError) as error:
-        refuse("VOL-AFFINE", f"qform cannot be used ({error})")
-    usable = {name: affine for name, (affine, code) in forms.items() if code > 0}
-    for name, affine in usable.items():
-        check_affine(name, affine, limits)
-    if not usable:
-        refuse("VOL-AFFINE", "neither sform nor qform is set, so left and right are unknown")
-    if len(usable) == 2 and np.prod([np.linalg.det(affine[:3, :3]) for affine in usable.values()]) < 0:
-        reason = "sform and qform are of opposite handedness: one of them swaps left and right"
-        refuse("VOL-AFFINE", reason, "keep the right one")
-    if len(usable) == 2 and affines_differ(*usable.values(), shape):
-        refuse("VOL-AFFINE", "sform and qform disagree by more than 1 mm or 1 degree", "keep the right one")
-    return next(iter(usable.values()))

@@ -65,7 +65,19 @@ def test_help_is_quick_and_loads_nothing_heavy():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
-    for verb in ("train", "predict", "evaluate", "check", "compare", "demo", "ui", "sync", "doctor", "manifest"):
+    for verb in (
+        "train",
+        "predict",
+        "preprocess",
+        "evaluate",
+        "check",
+        "compare",
+        "demo",
+        "ui",
+        "sync",
+        "doctor",
+        "manifest",
+    ):
         assert "Example" in run(verb, "--help").output or verb == "manifest"
 
 

@@ -406,7 +406,6 @@ def test_a_socket_is_refused(tmp_path, monkeypatch):
         (b"<!DOCTYPE html><title>Please log in</title>" * 20, "text"),
         (b"../../.git/annex/objects/MD5E-s1--x.nii.gz\n", "text"),
         (b"PK\x03\x04" + bytes(400), "zip"),
-        (b"\0\0\0\1" + bytes(400), "FreeSurfer"),
         (bytes(400), "unknown"),
     ],
 )
@@ -424,3 +423,9 @@ def test_a_name_that_tells_otherwise_of_the_compression(tmp_path, sound):
     assert code_of(tmp_path / "a.nii.gz", nifti(phantom())) == "VOL-FORMAT"
     assert code_of(tmp_path / "no-suffix", sound) is None
     assert code_of(tmp_path / "b.nii.gz", packed(b"")) == "VOL-EMPTY"
+    assert code_of(tmp_path / "a.mgz", sound) == "VOL-FORMAT"
+    mgh = b"\0\0\0\1" + bytes(400)
+    for name, content in {"a.nii": mgh, "a.nii.gz": packed(mgh), "a.mgz": mgh, "a.mgh": packed(mgh)}.items():
+        fault = outcome(tmp_path / name, content)
+        assert isinstance(fault, Fault)
+        assert (fault.code, "FreeSurfer" in fault.reason) == ("VOL-FORMAT", True)

@@ -1,0 +1,204 @@
+"""One raw head to the model's space: brain mask, bias field, affine to MNI152, area resampling, and its figures.
+
+`brain.py` does the same for the network alone; here every result is kept, for a person to look at and to reuse.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from scipy import ndimage
+
+from emoe_med.data import bias_field
+from emoe_med.data.brain import one_thread
+from emoe_med.data.files import refuse
+from emoe_med.data.register import BOX_MM, align_affine, box_grid, resample
+from emoe_med.data.strip import brain_mask
+from emoe_med.data.volume import Volume, read_volume
+from emoe_med.errors import ConfigError, Fault
+
+PREPARE_VERSION = 1  # part of the chain's hash: raise it when a step changes what it gives
+SPACE = "MNI152NLin2009aSym"
+UNIT = 1000  # stored value of the mean inside the brain
+EXTRA = ("deepbet", "SimpleITK")
+INSTALL = 'pip install "emoe-med[preprocess]", or make preprocess-extra'
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A head in the model's space, and what it came from.
+
+    Attributes:
+        head: As read, RAS.
+        native_mask: Brain of the head, on its grid.
+        voxels: [X, Y, Z] int16 in the model box, `UNIT` being the mean inside the brain, 0 outside.
+        mask: [X, Y, Z], true inside.
+        affine: Voxel of the box -> MNI RAS mm [4, 4].
+        matrix: MNI RAS mm -> scanner RAS mm [4, 4].
+        figures: Numbers for quality control, by column of qc.tsv.
+    """
+
+    head: Volume
+    native_mask: np.ndarray
+    voxels: np.ndarray
+    mask: np.ndarray
+    affine: np.ndarray
+    matrix: np.ndarray
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Which steps a head goes through.
+
+    Attributes:
+        spacing_mm: Voxel edge; it divides the box of 160 x 192 x 160 mm.
+        path: `full` strips the skull and flattens the bias field; `light` takes the brain mask it is given and
+            leaves the field.
+    """
+
+    spacing_mm: float = 1.0
+    path: Literal["full", "light"] = "full"
+
+    def __post_init__(self) -> None:
+        box_grid(self.spacing_mm)
+
+    def steps(self) -> dict[str, Any]:
+        """Return what every head went through, alike for all of them: tools, versions, settings."""
+        full = self.path == "full"
+        return {
+            "Path": self.path,
+            "Reader": "strict, reoriented to RAS",
+            "SkullStrip": _tool("deepbet") if full else "none: mask as given",
+            "BiasField": (
+                f"{_tool('SimpleITK')} N4, every {bias_field.SPACING_MM:g} mm, iterations "
+                f"{'x'.join(map(str, bias_field.ITERATIONS))}"
+                if full
+                else "none"
+            ),
+            "Registration": "emoe_med affine, 12 degrees of freedom, local correlation at 8 and 4 mm",
+            "Template": f"{SPACE} as nilearn ships it",
+            "Space": SPACE,
+            "Orientation": "RAS",
+            "SpacingMm": float(self.spacing_mm),
+            "BoxMm": list(BOX_MM),
+            "Resampling": "area-weighted mean inside the mask",
+            "Intensity": f"{UNIT} * x / mean inside the brain, 0 outside, int16",
+            "Version": PREPARE_VERSION,
+        }
+
+    def digest(self) -> str:
+        """Return the hash of all steps."""
+        return hashlib.sha256(json.dumps(self.steps(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def missing_extra() -> list[str]:
+    """Return the packages of the full path that are not installed."""
+    return [name for name in EXTRA if importlib.util.find_spec(name) is None]
+
+
+def require_extra() -> None:
+    """Refuse the full path where its packages are not installed.
+
+    Raises:
+        ConfigError: PREP-EXTRA, with the command that installs them.
+    """
+    if missing := missing_extra():
+        raise ConfigError(Fault("PREP-EXTRA", f"{' and '.join(missing)} not installed", hint=INSTALL))
+
+
+def prepare_head(image: Path, mask: Path | None, preparation: Preparation) -> Prepared:
+    """Take one head through all steps. Deterministic.
+
+    Args:
+        image: Whole head, any format the strict reader reads.
+        mask: Brain mask or label map (above 0 is brain) for the light path, on any grid of the same scanner space.
+        preparation: Which steps.
+
+    Raises:
+        VolumeError: The scan cannot be used; the fault names the step.
+    """
+    head = read_volume(image)
+    if preparation.path == "full":
+        inside = brain_mask(head.voxels)
+        flat = bias_field.flatten(head.voxels, head.affine, inside)
+    else:
+        inside, flat = _given(mask, head), head.voxels
+    with one_thread():
+        found = align_affine(flat, head.affine, inside)
+        shape, affine = box_grid(preparation.spacing_mm)
+        brain = resample(np.where(inside, flat, 0), head.affine, found.matrix, affine, shape)
+        share = resample(inside.astype(np.float32), head.affine, found.matrix, affine, shape)
+    mean = float(flat[inside].mean())
+    box_mask = share >= 0.5
+    # a voxel on the edge is the mean of what lies inside the brain, not of brain and nothing
+    voxels = np.where(box_mask, UNIT * brain / (np.maximum(share, 0.5) * mean), 0)
+    figures = {
+        "brain_ml": _volume_ml(inside, head.affine),
+        "similarity": found.similarity,
+        **dict(zip(("scale_x", "scale_y", "scale_z"), np.linalg.norm(found.matrix[:3, :3], axis=0), strict=True)),
+        "cut_share": _cut_share(inside),
+        "clipped_share": float((flat[inside] > 1.75 * mean).mean()),
+        "field_range": _field_range(head.voxels, flat, inside),
+        "snr": _snr(flat, inside),
+    }
+    return Prepared(
+        head=head,
+        native_mask=inside,
+        voxels=np.rint(np.clip(voxels, -32000, 32000)).astype(np.int16),
+        mask=box_mask,
+        affine=affine,
+        matrix=found.matrix,
+        figures={name: float(value) for name, value in figures.items()},
+    )
+
+
+def _tool(package: str) -> str:
+    return f"{package} {importlib.metadata.version(package)}"
+
+
+def _given(mask: Path | None, head: Volume) -> np.ndarray:
+    if mask is None:
+        refuse("VOL-MASK", "no mask or labels for the light path")
+    given = read_volume(mask)
+    inside = given.voxels > 0
+    if inside.shape != head.voxels.shape or not np.allclose(given.affine, head.affine, atol=1e-3):
+        inside = resample(inside, given.affine, np.eye(4), head.affine, head.voxels.shape, order=0)
+    if not inside.any():
+        refuse("VOL-MASK", "mask is empty, or lies outside the image")
+    return inside
+
+
+def _volume_ml(mask: np.ndarray, affine: np.ndarray) -> float:
+    return float(mask.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000)
+
+
+def _cut_share(mask: np.ndarray) -> float:
+    """Return the share of the brain that lies on a face of the field of view: above 0 it may be cut."""
+    faces = np.ones(mask.shape, bool)
+    faces[1:-1, 1:-1, 1:-1] = False
+    return float(mask[faces].sum() / mask.sum())
+
+
+def _field_range(raw: np.ndarray, flat: np.ndarray, mask: np.ndarray) -> float:
+    """Return how many times brighter the 99th than the 1st percentile of the bias field is; 1 without correction."""
+    usable = mask & (flat > 0)
+    low, high = np.percentile(raw[usable] / flat[usable], (1, 99))
+    return float(high / low)
+
+
+def _snr(voxels: np.ndarray, mask: np.ndarray) -> float:
+    """Return median over noise inside the brain, noise being the robust spread of second differences."""
+    inner = ndimage.binary_erosion(mask, iterations=2)
+    if not inner.any():
+        return float("nan")
+    rough = ndimage.convolve1d(voxels, [1.0, -2.0, 1.0], axis=0)[inner]
+    noise = 1.4826 * np.median(np.abs(rough - np.median(rough))) / np.sqrt(6)
+    return float(np.median(voxels[inner]) / noise) if noise > 0 else float("inf")

@@ -1,0 +1,89 @@
+"""Recognise the heads, and the brain masks that belong to them, in a folder that another tool has filled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from emoe_med.data.files import DICOM_HINT
+from emoe_med.data.scan import Scan, identity_from_path
+from emoe_med.errors import DataError, Fault
+
+_VOLUME = re.compile(r"\.(nii|nii\.gz|mgz|mgh)$", re.IGNORECASE)
+_NO_HEAD = re.compile(r"(mask|dseg|probseg|labels?|seg|aseg|aparc.*|brain)\.(nii|nii\.gz|mgz|mgh)$", re.IGNORECASE)
+
+
+def scans_in(folder: Path) -> list[Scan]:
+    """List the T1 heads of a folder, each once, with the brain mask beside it where there is one.
+
+    Recognised, in this order: a FreeSurfer subjects folder (`*/mri/T1.mgz`, else `orig.mgz`, with
+    `brainmask.mgz`), fMRIPrep (`*_desc-preproc_T1w` in native space with `*_desc-brain_mask`), deepmriprep
+    (`brain<scan>` with `mask<scan>`), raw BIDS (`*_T1w`); else every volume whose name is not that of a mask.
+
+    Raises:
+        DataError: PREP-NONE, with the line to run where the folder holds DICOM files.
+    """
+    for found in (_freesurfer, _fmriprep, _deepmriprep, _bids, _any_volume):
+        if pairs := sorted(found(folder)):
+            return [_scan(folder, row, image, mask) for row, (image, mask) in enumerate(pairs, start=1)]
+    if any(_is_dicom(file) for file in sorted(folder.rglob("*"))[:1000]):
+        raise DataError(Fault("PREP-NONE", "holds DICOM files", file=str(folder), hint=DICOM_HINT))
+    raise DataError(Fault("PREP-NONE", "holds no .nii, .nii.gz or .mgz head", file=str(folder)))
+
+
+Pairs = Iterator[tuple[Path, Path | None]]
+
+
+def _freesurfer(folder: Path) -> Pairs:
+    for mri in [*folder.glob("mri"), *folder.glob("*/mri")]:
+        images = [mri / name for name in ("T1.mgz", "orig.mgz") if (mri / name).is_file()]
+        if images and mri.parent.name not in ("fsaverage", "fsaverage5", "fsaverage6"):
+            yield images[0], _there(mri / "brainmask.mgz")
+
+
+def _fmriprep(folder: Path) -> Pairs:
+    for image in folder.rglob("*_desc-preproc_T1w.nii*"):
+        if "_space-" not in image.name:
+            yield image, _there(image.with_name(image.name.replace("_desc-preproc_T1w", "_desc-brain_mask")))
+
+
+def _deepmriprep(folder: Path) -> Pairs:
+    for image in folder.rglob("brain*.nii*"):
+        if mask := _there(image.with_name("mask" + image.name.removeprefix("brain"))):
+            yield image, mask
+
+
+def _bids(folder: Path) -> Pairs:
+    for image in folder.rglob("*_T1w.nii*"):
+        if "derivatives" not in image.relative_to(folder).parts and "_space-" not in image.name:
+            yield image, _there(image.with_name(image.name.replace("_T1w", "_desc-brain_mask")))
+
+
+def _any_volume(folder: Path) -> Pairs:
+    for image in folder.rglob("*"):
+        if _VOLUME.search(image.name) and not _NO_HEAD.search(image.name):
+            stem = _VOLUME.sub("", image.name)
+            ending = image.name.removeprefix(stem)
+            masks = (_there(image.with_name(f"{stem}{tail}{ending}")) for tail in ("_mask", "_brain_mask"))
+            yield image, next(filter(None, masks), None)
+
+
+def _there(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def _scan(folder: Path, row: int, image: Path, mask: Path | None) -> Scan:
+    place = image.relative_to(folder)
+    participant, session = identity_from_path(place.as_posix())
+    if participant is None and image.parent.name == "mri":  # FreeSurfer names the subject's folder
+        participant = (image.parent.parent if place.parts[0] != "mri" else folder).name
+    name = participant or _VOLUME.sub("", image.name)
+    return Scan(row=row, image=image, age=None, participant_id=name, session_id=session, mask=mask)
+
+
+def _is_dicom(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as content:
+        return content.read(132)[128:] == b"DICM"

@@ -1,0 +1,51 @@
+"""Folders of other tools are recognised: which files are heads, and which mask belongs to which."""
+
+import pytest
+
+from emoe_med.data.tree import scans_in
+from emoe_med.errors import DataError
+
+FREESURFER = ["bert/mri/T1.mgz", "bert/mri/brainmask.mgz", "bert/mri/aseg.mgz", "sub-02_ses-1/mri/orig.mgz"]
+FREESURFER += ["fsaverage/mri/T1.mgz", "bert/mri/orig.mgz"]
+FMRIPREP = [
+    *("sub-01/anat/sub-01_desc-preproc_T1w.nii.gz", "sub-01/anat/sub-01_desc-brain_mask.nii.gz"),
+    *("sub-01/anat/sub-01_space-MNI152NLin2009cAsym_desc-preproc_T1w.nii.gz", "sub-01/anat/sub-01_dseg.nii.gz"),
+    "sub-02/ses-A/anat/sub-02_ses-A_run-1_desc-preproc_T1w.nii.gz",
+]
+DEEPMRIPREP = ["sub-01/anat/mri/brainsub-01_T1w.nii.gz", "sub-01/anat/mri/masksub-01_T1w.nii.gz"]
+DEEPMRIPREP += ["sub-01/anat/mri/mwp1sub-01_T1w.nii.gz"]
+RAW = ["sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz", "sub-01/func/sub-01_bold.nii.gz"]
+RAW += ["derivatives/fsl/sub-01/anat/sub-01_T1w.nii.gz", "sub-02/ses-1/anat/sub-02_ses-1_T1w.nii"]
+PLAIN = ["a.nii.gz", "b/c.MGZ", "a_mask.nii.gz", "a_seg.nii", "notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (FREESURFER, [("bert", "", "T1.mgz", "brainmask.mgz"), ("sub-02", "ses-1", "orig.mgz", None)]),
+        (
+            FMRIPREP,
+            [
+                ("sub-01", "", "sub-01_desc-preproc_T1w.nii.gz", "sub-01_desc-brain_mask.nii.gz"),
+                ("sub-02", "ses-A_run-1", "sub-02_ses-A_run-1_desc-preproc_T1w.nii.gz", None),
+            ],
+        ),
+        (DEEPMRIPREP, [("sub-01", "", "brainsub-01_T1w.nii.gz", "masksub-01_T1w.nii.gz")]),
+        (
+            RAW,
+            [("sub-01", "", "sub-01_T1w.nii.gz", None), ("sub-02", "ses-1", "sub-02_ses-1_T1w.nii", None)],
+        ),
+        (PLAIN, [("a", "", "a.nii.gz", "a_mask.nii.gz"), ("c", "", "c.MGZ", None)]),
+    ],
+)
+def test_layouts(tmp_path, files, expected):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    found = [(s.participant_id, s.session_id, s.image.name, s.mask and s.mask.name) for s in scans_in(tmp_path)]
+    assert found == expected
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(DataError, match="PREP-NONE"):
+        scans_in(tmp_path)

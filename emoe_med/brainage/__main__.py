@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from emoe_med.brainage.cli import say, verb
 from emoe_med.brainage.manifest_cli import manifest_app
 from emoe_med.errors import EXIT_PARTIAL, ConfigError, Fault
+from emoe_med.training.cli import say, verb
 
 app = typer.Typer(
     add_completion=False,
@@ -82,7 +82,7 @@ def _folds(text: str, count: int) -> list[int]:
 
 
 def _show_runs(run_dirs: list[Path], out: Path, as_json: bool) -> None:
-    from emoe_med.brainage.train import headline
+    from emoe_med.training.arm import headline
 
     metrics = {str(run_dir): json.loads((run_dir / "metrics.json").read_text()) for run_dir in run_dirs}
     if as_json:

@@ -198,16 +198,16 @@ def _erased(x: Tensor, draws: Iterator[Tensor], probability: float) -> Tensor:
     ratio = ((2 * shape - 1) * math.log(1 / 0.3)).exp()
     share = (0.02 + 0.31 * area) * (happens < probability)
     box = _box((share * ratio).sqrt(), (share / ratio).sqrt(), across, down, x)
-    return x.masked_fill(box, 0.0)
+    return x.masked_fill(box.to(x.device), 0.0)
 
 
 def _box(wide: Tensor, high: Tensor, across: Tensor, down: Tensor, x: Tensor) -> Tensor:
-    """Return boxes [B, 1, H, W] bool, of edges [B] as shares of the image's, cut at its border."""
+    """Return boxes [B, 1, H, W] bool on the CPU, of edges [B] as shares of the image's, cut at its border."""
     inside = []
     for span, centre, length in ((high, down, x.shape[2]), (wide, across, x.shape[3])):
         place = (torch.arange(length) + 0.5) / length
         inside.append((place - centre.unsqueeze(1)).abs() < span.unsqueeze(1) / 2)
-    return (inside[0][:, None, :, None] & inside[1][:, None, None, :]).to(x.device)
+    return inside[0][:, None, :, None] & inside[1][:, None, None, :]
 
 
 def _mixed(x: Tensor, draws: Iterator[Tensor], options: ImageAugmentOptions) -> Augmented:
@@ -220,7 +220,7 @@ def _mixed(x: Tensor, draws: Iterator[Tensor], options: ImageAugmentOptions) -> 
     alpha = torch.where(cut, options.cutmix, options.mixup).clamp_min(1e-3).double().numpy()
     level = torch.from_numpy(stats.beta.ppf(level.double().numpy(), alpha, alpha)).float()
     edge = (1 - level).sqrt()
-    box = _box(edge, edge, across, down, x)
-    share = torch.where(cut, 1 - box.float().mean((1, 2, 3)).cpu(), level).to(x.device)
-    weight = torch.where(cut.to(x.device).view(-1, 1, 1, 1), 1 - box.float(), share.view(-1, 1, 1, 1))
-    return Augmented(weight * x + (1 - weight) * x[partner], partner, share)
+    box = _box(edge, edge, across, down, x).float()
+    share = torch.where(cut, 1 - box.mean((1, 2, 3)), level)
+    weight = torch.where(cut.view(-1, 1, 1, 1), 1 - box, share.view(-1, 1, 1, 1)).to(x.device)
+    return Augmented(weight * x + (1 - weight) * x[partner], partner, share.to(x.device))

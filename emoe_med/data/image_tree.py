@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -78,7 +79,10 @@ class FolderTree:
         """See `Tree`."""
         file = self.root / path
         try:
-            if (size := file.stat().st_size) > MAX_FILE_BYTES:
+            status = file.stat()
+            if not stat.S_ISREG(status.st_mode):  # asked before open: a FIFO would block
+                raise DataError(Fault("IMG-MISSING", "is no file", str(file)))
+            if (size := status.st_size) > MAX_FILE_BYTES:
                 raise DataError(Fault("IMG-SIZE", f"holds {size} bytes, the limit is {MAX_FILE_BYTES}", str(file)))
             return file.read_bytes()
         except OSError as error:

@@ -6,7 +6,6 @@ Parameters have timm's names, so that published weights load by name. Source: Do
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -79,8 +78,8 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(options)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 1e-6) if options.class_token else None
         self.reg_token = nn.Parameter(torch.randn(1, options.registers, width) * 1e-6) if options.registers else None
-        length = options.prefix + math.prod(options.grid)
-        self.pos_embed = nn.Parameter(torch.randn(1, length, width) * 0.02)
+        places = sinusoids(options.grid, width)
+        self.pos_embed = nn.Parameter(F.pad(places, (0, 0, options.prefix, 0)).unsqueeze(0))
         self.blocks = nn.ModuleList(Block(width, options.heads) for _ in range(options.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, outputs)
@@ -226,16 +225,30 @@ class Mlp(nn.Module):
 
 
 @torch.no_grad()
-def copy_mlp(mlp: Mlp, layer: MoELayer) -> None:
-    """Let every expert start as a copy of a feed-forward, where experts are such (upcycling, arXiv 2212.05055)."""
+def copy_mlp(mlp: Mlp, layer: MoELayer) -> bool:
+    """Let every expert start as a copy of a feed-forward (arXiv 2212.05055); False where it cannot be one."""
     experts = layer.experts
     if not isinstance(experts, MLPExperts) or experts.b1 is None or experts.b2 is None:
-        return
-    if experts.w1.shape[1:] == mlp.fc1.weight.T.shape:
-        experts.w1.copy_(mlp.fc1.weight.T)
-        experts.w2.copy_(mlp.fc2.weight.T)
-        experts.b1.copy_(mlp.fc1.bias)
-        experts.b2.copy_(mlp.fc2.bias)
+        return False
+    if experts.w1.shape[1:] != mlp.fc1.weight.T.shape:
+        return False
+    experts.w1.copy_(mlp.fc1.weight.T)
+    experts.w2.copy_(mlp.fc2.weight.T)
+    experts.b1.copy_(mlp.fc1.bias)
+    experts.b2.copy_(mlp.fc2.bias)
+    return True
+
+
+def sinusoids(grid: Sequence[int], width: int) -> Tensor:
+    """Return sines and cosines of each patch's place [T, D], what a position embedding starts from.
+
+    A random start of 0.02 hides the place behind the patch for many epochs. Source: arXiv 2205.01580.
+    """
+    count = width // (2 * len(grid))
+    frequency = 10_000 ** -(torch.arange(count) / count)
+    angles = torch.cartesian_prod(*(torch.arange(edge) for edge in grid)).unsqueeze(-1) * frequency
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+    return F.pad(waves, (0, width - waves.shape[1]))
 
 
 def resized_positions(positions: Tensor, old: Sequence[int], new: Sequence[int], prefix: int) -> Tensor:

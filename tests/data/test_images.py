@@ -281,12 +281,14 @@ def test_a_zip_serves_forked_processes(tmp_path):
     assert listing.train.tree._handle[1] is not handle[1]
 
 
-def test_a_path_outside_the_root_is_no_way_in(tmp_path):
+def test_what_is_no_file_is_not_opened(tmp_path):
     tree = open_tree(write(tmp_path / "root", {"train/a/x.png": b"1"}))
     assert tree.folders() == ["train"]
     assert tree.files("nowhere") == []
-    with pytest.raises(DataError, match="IMG-MISSING"):
-        tree.read("nowhere")
+    os.mkfifo(tmp_path / "root" / "train" / "a" / "pipe.png")
+    for name, told in (("nowhere", "No such file"), ("train/a/pipe.png", "is no file")):
+        with pytest.raises(DataError, match=f"IMG-MISSING.*{told}"):
+            tree.read(name)
 
 
 def test_digits_are_those_of_scikit_learn_and_keep_their_test_set():

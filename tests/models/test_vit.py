@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from emoe_med.models.vit import SIZES, ViT, ViTOptions, resized_positions
+from emoe_med.models.vit import SIZES, ViT, ViTOptions, resized_positions, sinusoids
 from emoe_med.moe import (
     EigenExpertOptions,
     EigenExperts,
@@ -217,6 +217,18 @@ def test_positions_of_another_grid():
     net = vit()
     assert net(torch.randn(1, 3, 16, 8)).output.shape == (1, 5)
     assert vit(VOLUME)(torch.randn(1, 1, 16, 12, 8)).output.shape == (1, 5)
+
+
+def test_a_position_embedding_starts_as_waves_that_tell_the_place():
+    places = sinusoids((3, 5), 16)
+    assert places.shape == (15, 16)
+    x, y = 2, 3
+    expected = [wave(k * 10_000 ** -(i / 4)) for k in (x, y) for wave in (math.sin, math.cos) for i in range(4)]
+    torch.testing.assert_close(places[x * 5 + y], torch.tensor(expected))
+    assert len(torch.unique(sinusoids((4, 4, 4), 32), dim=0)) == 64
+    net = vit()
+    assert torch.equal(net.pos_embed[0, 1:], sinusoids((2, 2), 24))
+    assert not net.pos_embed[0, 0].any()
 
 
 @pytest.mark.parametrize("wrong", [{"image_size": (9, 8)}, {"heads": 5}, {"class_token": False}])

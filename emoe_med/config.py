@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -24,6 +24,9 @@ from pydantic import (
 )
 
 from emoe_med.errors import ConfigError, Fault
+
+if TYPE_CHECKING:
+    from emoe_med.moe import MoELayer
 
 MAX_CONFIG_BYTES = 1_000_000
 
@@ -56,10 +59,9 @@ class AugmentConfig(Section):
     gain: float = Field(0.0, ge=0, le=0.5, description="half-width of a factor on the intensity")
 
 
-class MoEConfig(Section):
-    """A routed layer: where, which router, which experts."""
+class RoutedConfig(Section):
+    """A routed layer: which router, which experts. Each network adds where it stands."""
 
-    after_block: int = Field(ge=1)
     num_experts: int = Field(8, ge=1)
     top_k: int = Field(1, ge=1)
     router: dict[str, Any] = Field({"kind": "eigen"}, validate_default=True, description="kind and options")
@@ -83,19 +85,38 @@ class MoEConfig(Section):
         return {"kind": kind, **asdict(TypeAdapter(options).validate_python(given))}
 
     @model_validator(mode="after")
-    def _enough_experts(self) -> MoEConfig:
+    def _enough_experts(self) -> Self:
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is larger than num_experts {self.num_experts}")
         return self
 
     @model_validator(mode="after")
-    def _experts_with_a_basis(self) -> MoEConfig:
+    def _experts_with_a_basis(self) -> Self:
         from emoe_med.moe import EXPERTS, ROUTERS
 
         if ROUTERS[self.router["kind"]][0].needs_basis and not EXPERTS[self.experts["kind"]][0].has_basis:
             with_basis = ", ".join(kind for kind, (experts, _) in EXPERTS.items() if experts.has_basis)
             raise ValueError(f"router {self.router['kind']} needs experts with a basis: kind {with_basis}")
         return self
+
+    def build(self, width: int) -> MoELayer:
+        """Build the layer for tokens of a given width; random weights come from torch's global generator."""
+        from emoe_med.moe import EXPERTS, ROUTERS, MoELayer
+
+        router, router_options = ROUTERS[self.router["kind"]]
+        experts, expert_options = EXPERTS[self.experts["kind"]]
+        chosen, given = ({k: v for k, v in part.items() if k != "kind"} for part in (self.router, self.experts))
+        return MoELayer(
+            router(width, self.num_experts, self.top_k, router_options(**chosen)),
+            experts(width, self.num_experts, expert_options(**given)),
+            normalise=self.normalise,
+        )
+
+
+class MoEConfig(RoutedConfig):
+    """The routed layer of SFCN."""
+
+    after_block: int = Field(ge=1)
 
 
 class ModelConfig(Section):
@@ -250,15 +271,23 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     return values
 
 
+Schema = TypeVar("Schema", bound=Section)
+
+
 def load_run(path: Path, assignments: list[str] | None = None) -> BrainAgeConfig:
-    """Read a brain-age run file and apply `--set` assignments.
+    """Read a brain-age run file and apply `--set` assignments; see `read_run`."""
+    return read_run(BrainAgeConfig, path, assignments)
+
+
+def read_run(schema: type[Schema], path: Path, assignments: list[str] | None = None) -> Schema:
+    """Read a run file of any task and apply `--set` assignments.
 
     Raises:
         ConfigError: All faults of the file at once, each with the path of its key.
     """
     values = override(read_yaml(path), assignments or [])
     try:
-        return BrainAgeConfig.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
         faults = []
         for item in error.errors():
@@ -267,6 +296,6 @@ def load_run(path: Path, assignments: list[str] | None = None) -> BrainAgeConfig
         raise ConfigError(*faults) from error
 
 
-def dump_run(config: BrainAgeConfig) -> str:
+def dump_run(config: Section) -> str:
     """Return the complete configuration as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

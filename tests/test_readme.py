@@ -16,10 +16,13 @@ def test_the_python_example_runs():
 def test_every_command_shown_exists():
     from typer.testing import CliRunner
 
-    from emoe_med.brainage.__main__ import app
+    from emoe_med.brainage.__main__ import app as brainage
+    from emoe_med.vision.__main__ import app as vision
 
-    for verb in set(re.findall(r"emoe_med\.brainage (\w+(?: (?:bids|glob|ukb))?)", README)):
-        assert CliRunner().invoke(app, [*verb.split(), "--help"]).exit_code == 0, verb
+    patterns = {brainage: r"emoe_med\.brainage (\w+(?: (?:bids|glob|ukb))?)", vision: r"emoe_med\.vision ([\w-]+)"}
+    for app, verbs in patterns.items():
+        for verb in set(re.findall(verbs, README)):
+            assert CliRunner().invoke(app, [*verb.split(), "--help"]).exit_code == 0, verb
 
 
 def test_linked_files_are_there():

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from emoe_med.brainage.cli import say, verb
 from emoe_med.brainage.manifest_cli import manifest_app
 from emoe_med.brainage.preprocess_cli import preprocess
 from emoe_med.errors import EXIT_PARTIAL, ConfigError, Fault
+from emoe_med.training.cli import say, verb
 
 app = typer.Typer(
     add_completion=False,
@@ -85,7 +85,7 @@ def _folds(text: str, count: int) -> list[int]:
 
 
 def _show_runs(run_dirs: list[Path], out: Path, as_json: bool) -> None:
-    from emoe_med.brainage.train import headline
+    from emoe_med.training.arm import headline
 
     metrics = {str(run_dir): json.loads((run_dir / "metrics.json").read_text()) for run_dir in run_dirs}
     if as_json:
@@ -96,7 +96,7 @@ def _show_runs(run_dirs: list[Path], out: Path, as_json: bool) -> None:
         guess = _estimate(test["mae_training_median"])
         say(f"{run}: MAE {_estimate(test['mae'])}, in years; guessing the training median: {guess}")
     say(f"report: {run_dirs[-1] / 'report' / 'report.html'}")
-    say(f"tracking: python -m emoe_med.brainage ui --out {out}")
+    say(f"tracking: python -m emoe_med.training.ui --out {out}")
 
 
 @app.command()
@@ -273,9 +273,9 @@ def ui(
 ) -> None:
     """Serve the tracked runs on this machine alone and print where to look.
 
-    Example: python -m emoe_med.brainage ui --out runs
+    Example: python -m emoe_med.training.ui --out runs
     """
-    from emoe_med.brainage.ui import serve_runs
+    from emoe_med.training.ui import serve_runs
 
     serve_runs(out, port, say)
 
@@ -291,7 +291,7 @@ def sync(
 
     Example: python -m emoe_med.brainage sync --out runs
     """
-    from emoe_med.brainage.ui import sync_runs
+    from emoe_med.training.ui import sync_runs
 
     for line in sync_runs(out, uri, allow_remote):
         say(line)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,17 @@ from emoe_med.brainage.bias import AgeBias, Method, fit_age_bias
 from emoe_med.brainage.cohort import Cohort, prepare_cohort
 from emoe_med.brainage.comparison import paired_difference
 from emoe_med.brainage.conformal import Interval, fit_interval, with_coverage
-from emoe_med.brainage.inference import (
-    TrainedModel,
-    branch_norms,
-    collected_routing,
-    predict_scans,
-)
+from emoe_med.brainage.inference import TrainedModel, predict_scans
 from emoe_med.brainage.metrics import Bootstrap, evaluate
 from emoe_med.brainage.report import write_report, write_shared_metrics
 from emoe_med.brainage.strata import first_sessions
 from emoe_med.data.contract import contract_digest
 from emoe_med.data.manifest import Manifest
 from emoe_med.errors import DataError, Fault
-from emoe_med.moe import (
-    RoutingStats,
-    TokenSample,
-    collected_tokens,
-    homogeneity,
-    permuted_routing,
-    without_branch,
-)
 from emoe_med.training.amend import amend
 from emoe_med.training.progress import counted
+from emoe_med.training.routing_report import describe_routing
 from emoe_med.training.run_folder import replace_file
-
-PERMUTATIONS = 5  # draws of permuted routing; their mean error is compared
 
 
 def evaluate_run(run_dir: Path, cohort: Cohort, splits: pd.DataFrame) -> dict[str, Any]:
@@ -244,33 +229,9 @@ def routing_report(model: TrainedModel, cohort: Cohort, indices: list[int], boot
 
     def errors() -> np.ndarray:
         found = predict_scans(model, cohort.heads, indices, average=False, own=True)
-        return (found["predicted_age"] - found["age"]).to_numpy()
+        return (found["predicted_age"] - found["age"]).abs().to_numpy()
 
-    stats: dict[str, RoutingStats] = {}
-    layers = model.net.routed_layers()
-    samples = {name: TokenSample() for name in layers}
-    with ExitStack() as stack:
-        norms = {name: stack.enter_context(branch_norms(layer)) for name, layer in layers.items()}
-        for name, layer in layers.items():
-            stack.enter_context(collected_tokens(layer, samples[name]))
-        stack.enter_context(collected_routing(model.net, stats))
-        intact = errors()
     persons = cohort.table()["participant_id"].to_numpy()[indices]
-    report = {}
-    for name, layer in layers.items():
-        summary: dict[str, Any] = stats[name].summary()
-        summary["branch_over_stream"] = float(np.mean(norms[name]))
-        summary["alpha"] = float(layer.alpha.detach())
-        summary |= layer.router.health()
-        summary |= homogeneity(layer.experts, samples[name].tokens.to(layer.alpha.device))
-        with without_branch(layer):
-            summary["mae_without_branch"] = paired_difference(errors(), intact, persons, bootstrap)
-        if layer.router.num_experts > 1:
-            draws = []
-            for seed in range(PERMUTATIONS):
-                with permuted_routing(layer, seed):
-                    draws.append(np.abs(errors()))
-            mixed = np.mean(draws, axis=0)
-            summary["mae_permuted_routing"] = paired_difference(mixed, intact, persons, bootstrap)
-        report[name] = summary
-    return report
+    return describe_routing(
+        model.net.routed_layers(), errors, lambda *pair: paired_difference(*pair, persons, bootstrap), "mae"
+    )

@@ -1,4 +1,4 @@
-"""Apply a trained network: predicted ages of scans, and whether its routed layer does anything."""
+"""Apply a trained network: predicted ages of scans."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from emoe_med.data.contract import Spread, told
 from emoe_med.data.sidecar import statement
 from emoe_med.errors import CheckpointError, Fault, VolumeError
 from emoe_med.models.heads import TrainingAges
-from emoe_med.models.sfcn import ModelOutput
-from emoe_med.moe import MoELayer, Routing, RoutingStats
 from emoe_med.training.checkpoint import CheckpointFolder, load_model_weights
 
 
@@ -201,38 +199,5 @@ def pooled_features(net: BrainAgeNet):
     handle = net.net.dropout.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(1).float()))
     try:
         yield seen
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def collected_routing(net: BrainAgeNet, stats: dict[str, RoutingStats]):
-    """Add the routing of every forward pass to the statistics of each routed layer, by name."""
-
-    def collect(module: torch.nn.Module, args: Any, out: ModelOutput) -> None:
-        for name, routing in out.routing.items():
-            stats.setdefault(name, RoutingStats(routing.probs.shape[1])).update(routing)
-
-    handle = net.net.register_forward_hook(collect)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def branch_norms(layer: MoELayer):
-    """Collect ||branch|| / ||stream|| per token, averaged over tokens, of every forward pass."""
-    shares: list[float] = []
-
-    def measure(module: torch.nn.Module, args: Any, kwargs: Any, result: tuple[Tensor, Routing]) -> None:
-        before, mask = args[0], args[1] if len(args) > 1 else None
-        branch = result[0] - before
-        share = branch.norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)
-        shares.append(float((share if mask is None else share[mask]).mean()))
-
-    handle = layer.register_forward_hook(measure, with_kwargs=True)
-    try:
-        yield shares
     finally:
         handle.remove()

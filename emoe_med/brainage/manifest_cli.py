@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from emoe_med.brainage.cli import say, verb
+from emoe_med.training.cli import say, verb
 
 manifest_app = typer.Typer(no_args_is_help=True, help="Build a manifest from scans and a table of ages.")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from emoe_med.config import ModelConfig, MoEConfig
+from emoe_med.config import ModelConfig
 from emoe_med.models.heads import HEADS, L1Head, SoftLabelHead, TrainingAges
-from emoe_med.models.sfcn import SFCN, ModelOutput, SFCNOptions
-from emoe_med.moe import EXPERTS, ROUTERS, MoELayer
+from emoe_med.models.output import ModelOutput
+from emoe_med.models.sfcn import SFCN, SFCNOptions
+from emoe_med.moe import MoELayer
 
 
 class BrainAgeNet(nn.Module):
@@ -20,7 +21,7 @@ class BrainAgeNet(nn.Module):
         # the net first: arms of one seed start from the same weights, whatever layer they have
         self.net = SFCN(self.head.outputs, options)
         if config.moe is not None:
-            self.net.moe = build_layer(config.moe, config.channels[config.moe.after_block - 1])
+            self.net.moe = config.moe.build(config.channels[config.moe.after_block - 1])
             self.net.moe_after = config.moe.after_block
 
     def forward(self, image: Tensor) -> ModelOutput:
@@ -38,18 +39,3 @@ class BrainAgeNet(nn.Module):
     def routed_layers(self) -> dict[str, MoELayer]:
         """Return the routed layers by the names that `ModelOutput.routing` uses."""
         return {} if self.net.moe is None else {f"block{self.net.moe_after}": self.net.moe}
-
-
-def build_layer(config: MoEConfig, width: int) -> MoELayer:
-    """Build a routed layer for tokens of a given width from its configuration."""
-    router, router_options = ROUTERS[config.router["kind"]]
-    experts, expert_options = EXPERTS[config.experts["kind"]]
-    return MoELayer(
-        router(width, config.num_experts, config.top_k, router_options(**_options(config.router))),
-        experts(width, config.num_experts, expert_options(**_options(config.experts))),
-        normalise=config.normalise,
-    )
-
-
-def _options(section: dict) -> dict:
-    return {key: value for key, value in section.items() if key != "kind"}

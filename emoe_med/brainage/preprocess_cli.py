@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from emoe_med.brainage.cli import say, verb
 from emoe_med.errors import EXIT_DATA, EXIT_PARTIAL
+from emoe_med.training.cli import say, verb
 
 
 @verb

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from monai.networks.blocks import Convolution
 from torch import Tensor, nn
 
+from emoe_med.models.output import ModelOutput
 from emoe_med.moe import MoELayer, Routing
 
 
@@ -34,23 +35,6 @@ class SFCNOptions:
     neck: int = 64
     stem: int = 1
     dropout: float = 0.5
-
-
-@dataclass(frozen=True)
-class ModelOutput:
-    """What a model returns.
-
-    Attributes:
-        output: [B, O], for a head of `heads.py`.
-        aux_loss: [] sum of the routers' auxiliary losses.
-        routing: of each routed layer by name, for its N tokens inside the brain.
-        token_mask: [B, T] bool by layer name; True where a token was routed, in the order of `routing`.
-    """
-
-    output: Tensor
-    aux_loss: Tensor
-    routing: dict[str, Routing]
-    token_mask: dict[str, Tensor]
 
 
 class SFCN(nn.Module):

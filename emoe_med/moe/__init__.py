@@ -31,7 +31,7 @@ from emoe_med.moe.routers.ermoe import ERMoEOptions, ERMoERouter
 from emoe_med.moe.routers.expert_choice import ExpertChoiceOptions, ExpertChoiceRouter
 from emoe_med.moe.routers.fixed import HashOptions, HashRouter, RandomOptions, RandomRouter
 from emoe_med.moe.routers.linear import LinearOptions, LinearRouter
-from emoe_med.moe.stats import RoutingStats, changed_share, load_statistics
+from emoe_med.moe.stats import RoutingStats, branch_norms, changed_share, collected_routing, load_statistics
 
 ROUTERS: dict[str, tuple[type[Any], Any]] = {
     "eigen": (EigenRouter, EigenOptions),
@@ -78,7 +78,9 @@ __all__ = [
     "TrackedBasis",
     "Weights",
     "ablated_expert",
+    "branch_norms",
     "changed_share",
+    "collected_routing",
     "collected_tokens",
     "forget_copies",
     "homogeneity",

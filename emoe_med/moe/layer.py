@@ -14,7 +14,8 @@ class MoELayer(nn.Module):
     """h <- h + alpha * sum_k gate_k * Expert_k(LN(h)), alpha a learned scalar (arXiv 2601.12137, section 2).
 
     Router and experts see the same normalised tokens (layer norm without affine, so that energies do not
-    depend on the scale of the stream). `normalise=False` serves callers that hand in normalised tokens.
+    depend on the scale of the stream). `normalise=False` serves callers that hand in normalised tokens; one that
+    has them beside the stream hands them in as `seen`.
     """
 
     def __init__(self, router: Router, experts: Experts, normalise: bool = True) -> None:
@@ -27,7 +28,9 @@ class MoELayer(nn.Module):
         self.alpha = nn.Parameter(torch.ones(()))
         self.load = StepSums((router.num_experts,))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
         """Route and transform the tokens of a batch.
 
         Args:
@@ -35,19 +38,21 @@ class MoELayer(nn.Module):
             mask: [B, T] bool; False tokens (air around the head, prefix tokens) pass through unchanged and
                 are seen by no router, expert or statistic. A GPU has to tell the host how many tokens are left.
             context: [B, T, D] for routers that compare a token with its surroundings.
+            seen: [B, T, D], what router and experts see, as it is, in place of the normalised x: the input of a
+                feed-forward that they stand beside or instead of.
 
         Returns:
             x [B, T, D] and the `Routing` of the N tokens where mask is True, in the order of `x[mask]`.
         """
         flat = stream = x.reshape(-1, x.shape[-1])
-        surroundings = None if context is None else context.reshape(flat.shape)
+        given, surroundings = (None if t is None else t.reshape(flat.shape) for t in (seen, context))
         place = _place(x) if self.router.needs_place else None
         kept = None if mask is None else mask.flatten().nonzero().squeeze(1)
         if kept is not None:
             stream = flat.index_select(0, kept)
-            surroundings = None if surroundings is None else surroundings.index_select(0, kept)
+            given, surroundings = (None if t is None else t.index_select(0, kept) for t in (given, surroundings))
             place = None if place is None else Place(place.sample[kept], place.position[kept], place.samples)
-        tokens = self._normal(stream)
+        tokens = self._normal(stream) if given is None else given
         surroundings = None if surroundings is None else self._normal(surroundings)
         routing = self.router(tokens, self.experts, surroundings, place)
         if self.training:

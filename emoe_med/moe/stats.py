@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
+from emoe_med.moe.layer import MoELayer
 from emoe_med.moe.router import Routing, sum_over_ranks
 
 
@@ -134,6 +137,34 @@ class RoutingStats:
             "token_entropy": entropy / max(tokens, 1),
             **{f"{name}/E{e:02d}": float(v) for name, column in columns.items() for e, v in enumerate(column)},
         }
+
+
+@contextmanager
+def collected_routing(layer: MoELayer, stats: RoutingStats):
+    """Add the routing of every forward pass of the layer to the statistics."""
+    handle = layer.register_forward_hook(lambda module, args, result: stats.update(result[1]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def branch_norms(layer: MoELayer):
+    """Collect ||branch|| / ||stream|| per token, averaged over tokens, of every forward pass."""
+    shares: list[float] = []
+
+    def measure(module: nn.Module, args: Any, kwargs: Any, result: tuple[Tensor, Routing]) -> None:
+        before, mask = args[0], args[1] if len(args) > 1 else None
+        branch = result[0] - before
+        share = branch.norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)
+        shares.append(float((share if mask is None else share[mask]).mean()))
+
+    handle = layer.register_forward_hook(measure, with_kwargs=True)
+    try:
+        yield shares
+    finally:
+        handle.remove()
 
 
 def _shares(amounts: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from emoe_med.errors import CheckpointError, Fault
+from emoe_med.models.state import check_tensors
 from emoe_med.training.run_folder import replace_file, storage_error, sync_folder, write_synced
 
 Which = Literal["best", "last"]
@@ -201,24 +202,6 @@ def load_model_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     state, tensors = _load(folder, MODEL_FILE)
     return tensors[MODEL_FILE], state
-
-
-def check_tensors(found: Tensors, expected: Mapping[str, torch.Size], folder: Path) -> None:
-    """Compare names and shapes before anything is changed; every difference is a fault of its own.
-
-    Raises:
-        CheckpointError: A name is missing or unknown, or a shape differs.
-    """
-    missing = sorted(set(expected) - set(found))
-    faults = [Fault("CKPT-KEY", f"{name} is missing", str(folder)) for name in missing]
-    for name, tensor in sorted(found.items()):
-        if name not in expected:
-            faults.append(Fault("CKPT-KEY", f"{name} is unknown to this model", str(folder)))
-        elif tensor.shape != expected[name]:
-            shapes = f"{list(tensor.shape)}, the model has {list(expected[name])}"
-            faults.append(Fault("CKPT-SHAPE", f"{name} has shape {shapes}", str(folder)))
-    if faults:
-        raise CheckpointError(*faults)
 
 
 def load_model_weights(model: nn.Module, weights: Tensors, folder: Path) -> None:

@@ -35,17 +35,18 @@ def serve_runs(out: Path, port: int, say: Callable[[str], None]) -> None:
 
 
 def run_links(out: Path, address: str) -> dict[str, str]:
-    """Return the page of the report of each evaluated run below `out`, by the run's folder."""
+    """Return the page of each evaluated run below `out`, by the run's folder: its report, or else its figures."""
     links = {}
-    for report in sorted(out.glob("*/*/report/report.html")):
-        run_dir = report.parent.parent
+    for metrics in sorted(out.glob("*/*/metrics.json")):
+        run_dir = metrics.parent
         try:
             record = read_record(run_dir)
         except (OSError, json.JSONDecodeError):
             continue
         if record.get("run_id"):
             name = run_dir.relative_to(out).as_posix()
-            links[name] = deep_link(address, record["experiment_id"], record["run_id"], "report/report.html")
+            page = "report/report.html" if (run_dir / "report" / "report.html").is_file() else "metrics/metrics.json"
+            links[name] = deep_link(address, record["experiment_id"], record["run_id"], page)
     return links
 
 

@@ -1,0 +1,26 @@
+"""What every network of this package returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from emoe_med.moe import Routing
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a model returns.
+
+    Attributes:
+        output: [B, O], for a head of `heads.py` or the logits of O classes.
+        aux_loss: [] sum of the routers' auxiliary losses.
+        routing: of each routed layer by name, for its N routed tokens (those inside the brain; patches).
+        token_mask: [B, T] bool by layer name; True where a token was routed, in the order of `routing`.
+    """
+
+    output: Tensor
+    aux_loss: Tensor
+    routing: dict[str, Routing]
+    token_mask: dict[str, Tensor]

@@ -1,0 +1,210 @@
+"""Score a run: predictions of test images, accuracy with intervals, and what the routing is worth."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from emoe_med.data.images import ImageDataset, list_images
+from emoe_med.data.memory import Held
+from emoe_med.errors import CheckpointError, DataError, Fault
+from emoe_med.models.output import ModelOutput
+from emoe_med.models.vit import ViT
+from emoe_med.training.checkpoint import CheckpointFolder, load_model_weights
+from emoe_med.training.journal import read_journal
+from emoe_med.training.loader import make_loader, read_batches
+from emoe_med.training.routing_report import describe_routing
+from emoe_med.training.run_folder import replace_file
+from emoe_med.training.task import MapDataset
+from emoe_med.vision.config import VisionConfig
+from emoe_med.vision.metrics import accuracy, mean_estimate
+from emoe_med.vision.net import build_net
+from emoe_med.vision.run import load_vision
+from emoe_med.vision.task import rank_of_label, seen_image
+
+
+@dataclass
+class TrainedClassifier:
+    """A network with its configuration and what its images must be like: `classes`, `channels`, `mean`, `std`."""
+
+    net: ViT
+    config: VisionConfig
+    meta: dict[str, Any]
+
+    @classmethod
+    def load(cls, run_dir: Path) -> TrainedClassifier:
+        """Load the selected checkpoint of a run folder.
+
+        Raises:
+            CheckpointError: Missing, damaged, or weights of another shape.
+        """
+        config = load_vision(run_dir / "config.yaml")
+        checkpoint = CheckpointFolder(run_dir).load(config.training.select)
+        if checkpoint is None:
+            raise CheckpointError(Fault("CKPT-NONE", "this run has no checkpoint", str(run_dir)))
+        meta = checkpoint.state["meta"]
+        net = build_net(config.model, meta["channels"], len(meta["classes"]))
+        load_model_weights(net, checkpoint.model, checkpoint.folder)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(net.eval().to(device), config, meta)
+
+    @torch.no_grad()
+    def outputs(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], ModelOutput]]:
+        """Yield the collated batches of a data set with the network's output, in the run's precision."""
+        for batch, image in self._batches(data):
+            with self._autocast():
+                yield batch, self.net(image)
+
+    @torch.no_grad()
+    def tokens(self, data: MapDataset) -> Iterator[Tensor]:
+        """Yield the tokens [B, P + T, D] behind the last norm, in the run's precision."""
+        for _, image in self._batches(data):
+            with self._autocast():
+                yield self.net.features(image)[0]
+
+    def _batches(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        options = self.config.training
+        for batch in read_batches(make_loader(data, options.batch_size, options.workers)):
+            pixels = batch["image"].to(self.net.head.weight.device)
+            yield batch, seen_image(pixels, self.config.model.image_size, self.meta)
+
+    def _autocast(self) -> torch.autocast:
+        low = self.config.training.precision == "bf16"
+        return torch.autocast(self.net.head.weight.device.type, torch.bfloat16, enabled=low)
+
+
+def predict(model: TrainedClassifier, data: MapDataset) -> pd.DataFrame:
+    """Classify the images of a data set.
+
+    Returns:
+        Columns row, label, predicted, p (probability of the predicted class), and rank (place of the label among
+        the outputs, 0 where it is predicted).
+    """
+    parts = []
+    for batch, out in model.outputs(data):
+        logits, label = out.output.float(), batch["label"].to(out.output.device)
+        p, _ = logits.softmax(1).max(1)
+        found = {"predicted": logits.argmax(1), "p": p, "rank": rank_of_label(logits, label)}
+        columns = {"row": batch["row"], "label": batch["label"], **found}
+        parts.append(pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def evaluate_run(run_dir: Path, train: ImageDataset, test: ImageDataset, val: np.ndarray) -> dict[str, Any]:
+    """Predict validation and test images once, and write predictions/ and metrics.json.
+
+    Args:
+        run_dir: Run folder with a trained checkpoint.
+        train: The training part of the data.
+        test: The part to test on.
+        val: Indices into `train` that the run was selected on.
+
+    Returns:
+        The content of metrics.json.
+    """
+    model = TrainedClassifier.load(run_dir)
+    start = time.monotonic()
+    tables = {"test": predict(model, test)}
+    seconds = time.monotonic() - start
+    tables["val"] = predict(model, Subset(train, val.tolist()))
+    write_predictions(run_dir / "predictions", tables)
+    metrics: dict[str, Any] = _scores(tables, model.config)
+    metrics["images_per_second"] = {"training": _training_speed(run_dir), "test": len(test) / max(seconds, 1e-9)}
+    if model.net.routed_layers():
+        metrics["routing"] = routing_report(model, test)
+    write_metrics(run_dir, metrics)
+    return metrics
+
+
+def _scores(tables: Mapping[str, pd.DataFrame], config: VisionConfig) -> dict[str, Any]:
+    return {name: accuracy(table["rank"].to_numpy(), config.evaluation.bootstrap) for name, table in tables.items()}
+
+
+def _training_speed(run_dir: Path) -> float | None:
+    """Median over epochs, reading and augmentation included."""
+    name = "system/samples_per_second"
+    found = [e["values"][name] for _, e in read_journal(run_dir / "journal.jsonl") if name in e.get("values", {})]
+    return median(found) if found else None
+
+
+def routing_report(model: TrainedClassifier, test: ImageDataset) -> dict[str, Any]:
+    """Tell whether each routed layer is alive, and what it and its choices are worth, on evenly spaced test images.
+
+    `error_without_branch` and `error_permuted_routing` are gains in top-1 error, in percent of the images.
+    """
+    evaluation = model.config.evaluation
+    chosen = np.linspace(0, len(test) - 1, min(len(test), evaluation.routing_images)).round().astype(int)
+    data = Held(Subset(test, chosen.tolist()))
+
+    def errors() -> np.ndarray:
+        return 100.0 * (predict(model, data)["rank"].to_numpy() > 0)
+
+    return describe_routing(
+        model.net.routed_layers(),
+        errors,
+        lambda changed, intact: mean_estimate(changed - intact, evaluation.bootstrap),
+        "error",
+    )
+
+
+def score_again(run_dir: Path) -> dict[str, Any]:
+    """Make metrics.json anew from the predictions of a run; no image is touched.
+
+    Raises:
+        DataError: The run was not evaluated to its end.
+    """
+    path = run_dir / "metrics.json"
+    if not path.is_file():
+        hint = "finish the run by `train --resume`"
+        raise DataError(Fault("RUN-METRICS", "this run was not evaluated to its end", str(path), hint=hint))
+    tables = {name: pd.read_csv(run_dir / "predictions" / f"{name}.csv") for name in ("test", "val")}
+    metrics = {**json.loads(path.read_text()), **_scores(tables, load_vision(run_dir / "config.yaml"))}
+    write_metrics(run_dir, metrics)
+    return metrics
+
+
+def evaluate_elsewhere(run_dir: Path, root: Path) -> tuple[dict[str, Any], Path]:
+    """Score a run on the test part of other images in the layout of its data set.
+
+    Written under `<run>/evaluations/<digest of the listing>/`.
+
+    Raises:
+        CheckpointError: The run has no usable checkpoint.
+        DataError: The images cannot be read, or have other classes.
+    """
+    model = TrainedClassifier.load(run_dir)
+    data = model.config.data
+    listing = list_images(data.dataset, root)
+    if list(listing.classes) != model.meta["classes"]:
+        reason = f"these {len(listing.classes)} classes are not the {len(model.meta['classes'])} of the run"
+        raise DataError(Fault("IMG-CLASSES", reason, str(root)))
+    tables = {"test": predict(model, ImageDataset(listing.test, data.resize, model.meta["channels"]))}
+    folder = run_dir / "evaluations" / listing.digest()[:16]
+    metrics = _scores(tables, model.config)
+    write_predictions(folder, tables)
+    write_metrics(folder, metrics)
+    return metrics, folder / "metrics.json"
+
+
+def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Write metrics.json in one step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+
+
+def write_predictions(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+    """Write predictions by row, the place of the image in its part of the data set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        replace_file(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.4f").encode())

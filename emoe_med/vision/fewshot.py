@@ -1,0 +1,155 @@
+"""Few-shot linear probes on frozen features: what a backbone knows of classes it was not trained on.
+
+The protocol is V-MoE's (arXiv 2106.05974) without its leak: the penalty is chosen on training images that are neither
+supports nor tests, for each draw by itself. Letters: n supports, d features, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch.utils.data import Subset
+
+from emoe_med.data.image_layouts import Files, Pixels
+from emoe_med.data.images import DATASETS, ImageDataset, list_images
+from emoe_med.errors import DataError, Fault
+from emoe_med.training.run_folder import replace_file
+from emoe_med.training.task import MapDataset
+from emoe_med.vision.evaluate import TrainedClassifier
+
+PENALTIES = 2.0 ** np.arange(-10, 20)
+HELD_OUT = 10  # further training images of each class that choose the penalty
+LEVEL = 0.95
+
+
+def fewshot(
+    run_dir: Path, dataset: str | None, root: Path | None, shots: Sequence[int], draws: int
+) -> tuple[dict[str, Any], Path]:
+    """Probe a run's features with ridge regression and nearest class means, and write `fewshot/<dataset>.json`.
+
+    Args:
+        run_dir: Run folder with a trained checkpoint; its weights stay as they are.
+        dataset: Data set to probe on; that of the run if not given.
+        root: Where it lies.
+        shots: Supports of each class.
+        draws: Random draws of supports; intervals are over these.
+
+    Returns:
+        ``{shot: {feature: {probe: {value, low, high, n}}}}`` in percent of the whole test set, and the file.
+
+    Raises:
+        CheckpointError: The run has no usable checkpoint.
+        DataError: Images cannot be read, have other channels, or are too few of a class.
+    """
+    model = TrainedClassifier.load(run_dir)
+    name = dataset or model.config.data.dataset
+    if DATASETS[name].channels != model.meta["channels"]:
+        raise DataError(Fault("IMG-CHANNELS", f"{name} and the run's images differ in colour"))
+    listing = list_images(name, root)
+    chosen = {(shot, draw): supports(listing.train.labels, shot, draw) for shot in shots for draw in range(draws)}
+    wanted = np.unique(np.concatenate([np.concatenate(pair) for pair in chosen.values()]))
+    train = features(model, Subset(_dataset(model, listing.train), wanted.tolist()))
+    test = features(model, _dataset(model, listing.test))
+    train_labels, test_labels = listing.train.labels[wanted], listing.test.labels
+    report: dict[str, Any] = {}
+    for shot in shots:
+        report[str(shot)] = {}
+        for kind in train:
+            found: dict[str, list[float]] = {"ridge": [], "nearest_mean": []}
+            for draw in range(draws):
+                support, held = (np.searchsorted(wanted, part) for part in chosen[shot, draw])
+                x, y = train[kind][support], train_labels[support]
+                probe = Ridge(x, y, len(listing.classes))
+                accuracies = probe.accuracies(train[kind][held], train_labels[held])
+                # of equally good penalties the largest
+                best = len(accuracies) - 1 - int(np.argmax(accuracies[::-1]))
+                found["ridge"].append(probe.accuracies(test[kind], test_labels)[best])
+                found["nearest_mean"].append(nearest_mean(x, y, test[kind], test_labels))
+            report[str(shot)][kind] = {probe: _interval(values) for probe, values in found.items()}
+    path = run_dir / "fewshot" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    replace_file(path, (json.dumps(report, indent=1) + "\n").encode())
+    return report, path
+
+
+def _dataset(model: TrainedClassifier, part: Files | Pixels) -> ImageDataset:
+    return ImageDataset(part, model.config.data.resize, model.meta["channels"])
+
+
+def supports(labels: np.ndarray, shot: int, draw: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw supports and held-out images of each class at random; returns their indices.
+
+    Raises:
+        DataError: IMG-SHOTS, a class has fewer images than supports and one held out.
+    """
+    support, held = [], []
+    for c in np.unique(labels):
+        order = np.random.default_rng([draw, int(c)]).permutation(np.flatnonzero(labels == c))
+        if len(order) <= shot:
+            raise DataError(
+                Fault("IMG-SHOTS", f"class {c} has {len(order)} images: too few for {shot} and one held out")
+            )
+        support.append(order[:shot])
+        held.append(order[shot : shot + HELD_OUT])
+    return np.concatenate(support), np.concatenate(held)
+
+
+@torch.no_grad()
+def features(model: TrainedClassifier, data: MapDataset) -> dict[str, np.ndarray]:
+    """Return what the head could see of each image [n, d]: the class token, where there is one, and the patch mean."""
+    prefix, parts = model.net.options.prefix, {"mean": []}
+    if model.net.options.class_token:
+        parts["token"] = []
+    for tokens in model.tokens(data):
+        parts["mean"].append(tokens[:, prefix:].mean(1).double().cpu().numpy())
+        if "token" in parts:
+            parts["token"].append(tokens[:, 0].double().cpu().numpy())
+    return {name: np.concatenate(found) for name, found in parts.items()}
+
+
+class Ridge:
+    """Ridge regression to one-hot targets in -1 and 1 for all penalties at once, by one eigendecomposition.
+
+    Features are standardised by the supports; a constant feature of 100 is a bias that is hardly penalised.
+    """
+
+    def __init__(self, x: np.ndarray, y: np.ndarray, classes: int) -> None:
+        self.centre, self.scale = x.mean(0), x.std(0) + 1e-5
+        x = self._standardised(x)
+        target = 2.0 * np.eye(classes)[y] - 1
+        primal = len(x) >= x.shape[1]
+        values, vectors = np.linalg.eigh(x.T @ x if primal else x @ x.T)
+        right = vectors.T @ (x.T @ target if primal else target)
+        solutions = [vectors @ (right / (np.maximum(values, 0)[:, None] + penalty)) for penalty in PENALTIES]
+        self.weights = [solution if primal else x.T @ solution for solution in solutions]  # [d + 1, C] each
+
+    def _standardised(self, x: np.ndarray) -> np.ndarray:
+        return np.column_stack([(x - self.centre) / self.scale, np.full(len(x), 100.0)])
+
+    def accuracies(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Return the accuracy in percent under each penalty."""
+        x = self._standardised(x)
+        return np.array([100 * np.mean((x @ weight).argmax(1) == y) for weight in self.weights])
+
+
+def nearest_mean(x: np.ndarray, y: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
+    """Return the accuracy in percent of the class mean of largest cosine."""
+    means = np.stack([x[y == c].mean(0) for c in np.unique(y)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    return 100 * float(np.mean(np.unique(y)[(test @ means.T).argmax(1)] == test_labels))
+
+
+def _interval(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Return the mean over draws with its t interval; none from a single draw."""
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return {"value": mean, "low": None, "high": None, "n": n}
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return {"value": mean, "low": mean - half, "high": mean + half, "n": n}

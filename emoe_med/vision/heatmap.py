@@ -1,0 +1,105 @@
+"""Which expert serves which class: counts of routed patches on test images, by layer and on average."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import entropy
+
+from emoe_med.data.images import ImageDataset, list_images
+from emoe_med.errors import ConfigError, DataError, Fault
+from emoe_med.training.run_folder import replace_file
+from emoe_med.training.task import MapDataset
+from emoe_med.vision.evaluate import TrainedClassifier
+
+
+def heatmap(run_dir: Path, root: Path | None) -> tuple[dict[str, Any], Path]:
+    """Count patches by expert and class on the test images, and write `expert_maps/` of the run.
+
+    `expert_class.csv` (layer, expert, class, mean patches of an image, p(expert | class)), `expert_class.json`
+    (NMI of expert and class, entropy of p(expert | class) over ln E, CV of the load) and a picture of each layer.
+
+    Raises:
+        ConfigError: HEAT-NONE, the run has no routed layer.
+        CheckpointError: The run has no usable checkpoint.
+        DataError: The images cannot be read, or have other classes.
+    """
+    model = TrainedClassifier.load(run_dir)
+    if not model.net.routed_layers():
+        raise ConfigError(Fault("HEAT-NONE", "this run has no routed layer", str(run_dir)))
+    listing = list_images(model.config.data.dataset, root)
+    if list(listing.classes) != model.meta["classes"]:
+        raise DataError(Fault("IMG-CLASSES", "these are not the classes of the run", str(root)))
+    data = ImageDataset(listing.test, model.config.data.resize, model.meta["channels"])
+    images = np.bincount(listing.test.labels, minlength=len(listing.classes))
+    maps = {name: counts / np.maximum(images, 1) for name, counts in expert_class_counts(model, data).items()}
+    maps["mean"] = np.mean(list(maps.values()), axis=0)
+    folder = run_dir / "expert_maps"
+    folder.mkdir(exist_ok=True)
+    figures = {name: describe(counts) for name, counts in maps.items()}
+    replace_file(folder / "expert_class.json", (json.dumps(figures, indent=1) + "\n").encode())
+    replace_file(folder / "expert_class.csv", _table(maps, listing.classes).to_csv(index=False).encode())
+    for name, counts in maps.items():
+        _draw(counts, listing.classes, f"{name}: patches of an image by expert and class", folder / f"{name}.png")
+    return figures, folder
+
+
+def expert_class_counts(model: TrainedClassifier, data: MapDataset) -> dict[str, np.ndarray]:
+    """Count served patches [E, C] by expert and label, for each routed layer."""
+    classes = len(model.meta["classes"])
+    counts: dict[str, np.ndarray] = {}
+    for batch, out in model.outputs(data):
+        for name, routing in out.routing.items():
+            experts = routing.probs.shape[1]
+            label = batch["label"].repeat_interleave(len(routing.gate) // len(batch["label"]))
+            pairs = routing.expert_index.cpu() * classes + label.unsqueeze(1)
+            served = pairs[(routing.gate > 0).cpu()]
+            found = torch.bincount(served, minlength=experts * classes).view(experts, classes).numpy()
+            counts[name] = counts.get(name, 0) + found
+    return counts
+
+
+def describe(counts: np.ndarray) -> dict[str, float]:
+    """Summarise patches [E, C]: NMI of expert and class (arithmetic), entropy of p(expert | class), CV of the load."""
+    halves = entropy(counts.sum(0)) + entropy(counts.sum(1))
+    mutual = halves - entropy(counts.ravel())
+    load = counts.sum(1) / counts.sum()
+    given = entropy(counts[:, counts.sum(0) > 0], axis=0)
+    return {
+        "nmi": float(2 * mutual / halves) if halves > 0 else 0.0,
+        "entropy_given_class": float(given.mean() / np.log(len(counts))) if len(counts) > 1 else 0.0,
+        "load_cv": float(load.std() / load.mean()),
+    }
+
+
+def _table(maps: Mapping[str, np.ndarray], classes: tuple[str, ...]) -> pd.DataFrame:
+    rows = [
+        (layer, f"E{expert:02d}", name, counts[expert, c], counts[expert, c] / max(counts[:, c].sum(), 1e-12))
+        for layer, counts in maps.items()
+        for expert in range(len(counts))
+        for c, name in enumerate(classes)
+    ]
+    return pd.DataFrame(rows, columns=["layer", "expert", "class", "patches", "p_expert_given_class"])
+
+
+def _draw(counts: np.ndarray, classes: tuple[str, ...], title: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(min(16, 3 + 0.35 * len(classes)), 1.5 + 0.3 * len(counts)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(counts, aspect="auto", cmap="viridis", vmin=0)
+    axes.set(title=title, xlabel="class", ylabel="expert")
+    axes.set_yticks(range(len(counts)), [f"E{expert:02d}" for expert in range(len(counts))])
+    if len(classes) <= 40:
+        axes.set_xticks(range(len(classes)), list(classes), rotation=90)
+    figure.colorbar(image, label="patches of an image")
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=120)
+    replace_file(path, data.getvalue())

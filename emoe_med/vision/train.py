@@ -1,0 +1,136 @@
+"""Train vision runs: one run folder a seed, under one parent run in MLflow."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from emoe_med.config import dump_run
+from emoe_med.data.image_layouts import Listing
+from emoe_med.data.images import DATASETS, ImageDataset, list_images, split
+from emoe_med.errors import ConfigError, Fault
+from emoe_med.models.weights import ViTWeights, read_weights
+from emoe_med.training.arm import (
+    check_arm,
+    check_folders,
+    check_same,
+    config_digest,
+    flat,
+    headline,
+    is_done,
+    tracked,
+)
+from emoe_med.training.loop import fit
+from emoe_med.training.run_folder import replace_file
+from emoe_med.vision.config import VisionConfig
+from emoe_med.vision.evaluate import evaluate_run
+from emoe_med.vision.task import VisionTask
+
+LOG = logging.getLogger("emoe_med")
+
+
+def train(
+    config: VisionConfig, root: Path | None, out: Path, seeds: list[int] | None = None, resume: bool = False
+) -> list[Path]:
+    """Train and evaluate one configuration with the given seeds; returns the run folders.
+
+    Args:
+        config: The run.
+        root: Folder or archive of the images; not needed for a data set that ships with a library.
+        out: Folder of all runs and of the default tracking store.
+        seeds: Training seeds, each a run of its own; the one of the configuration if not given.
+        resume: Skip finished seeds and go on with unfinished ones.
+
+    Raises:
+        EmoeError: With the exit code of what went wrong; see docs/reliability.md.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(Fault("RUN-RANKS", "this verb runs in one process; several ranks are not supported yet"))
+    runs = [_with_seed(config, seed) for seed in seeds or [config.training.seed]]
+    group = out / config.name
+    run_dirs = [group / f"seed{run.training.seed}" for run in runs]
+    check_folders(run_dirs, resume)
+    check_arm(config, group)
+    listing = list_images(config.data.dataset, root)
+    parts = split(listing.train.labels, config.data.val_share, config.data.train_images, config.data.split_seed)
+    start = None if config.model.weights is None else read_weights(Path(config.model.weights))
+    sources = {"data": listing.digest(), **({} if start is None else {"weights": start.sha256})}
+    for run, run_dir in zip(runs, run_dirs, strict=True):
+        check_same(run_dir, {"config": config_digest(run), **sources})
+    with tracked(group, out, config, "vision", "group"):
+        pass  # the parent exists from now on; its children name it
+    for run, run_dir in zip(runs, run_dirs, strict=True):
+        if not is_done(run_dir):
+            task = _task(run, listing, parts, start, sources)
+            _train_seed(task, listing, parts, out, run_dir, resume)
+    _summarise(config, out, group)
+    return run_dirs
+
+
+def _with_seed(config: VisionConfig, seed: int) -> VisionConfig:
+    return config.model_copy(update={"training": config.training.model_copy(update={"seed": seed})})
+
+
+def _task(
+    config: VisionConfig,
+    listing: Listing,
+    parts: tuple[np.ndarray, np.ndarray],
+    start: ViTWeights | None,
+    sources: Mapping[str, str],
+) -> VisionTask:
+    known = DATASETS[config.data.dataset]
+    data = ImageDataset(listing.train, config.data.resize, known.channels)
+    constants = {
+        name: getattr(config.data, name) or getattr(known if start is None else start, name) for name in ("mean", "std")
+    }
+    meta = {"classes": list(listing.classes), "channels": known.channels, **constants}
+    digests = {"config": config_digest(config), **sources}  # must be equal for a run to be gone on with
+    return VisionTask(config, data, parts[0].tolist(), parts[1].tolist(), digests, meta, start)
+
+
+def _train_seed(
+    task: VisionTask,
+    listing: Listing,
+    parts: tuple[np.ndarray, np.ndarray],
+    out: Path,
+    run_dir: Path,
+    resume: bool,
+) -> None:
+    config, data = task.config, task.data
+    test = ImageDataset(listing.test, data.size, data.channels)
+    name = f"{config.name}-seed{config.training.seed}"
+    with tracked(run_dir, out, config, "vision", name, parent=run_dir.parent) as tracker:
+        replace_file(run_dir / "config.yaml", dump_run(config).encode())
+        replace_file(run_dir / "splits.csv", _splits(len(data), *parts).to_csv(index=False).encode())
+        tracker.params(flat(config.model_dump(mode="json")))
+        tracker.tags({"arm": config.name, "seed": config.training.seed, "dataset": config.data.dataset})
+        result = fit(task, config.training, run_dir, tracker, resume)
+        metrics = evaluate_run(run_dir, data, test, parts[1])
+        tracker.metrics(result.step, headline(metrics))
+        tracker.log_artifact(run_dir / "metrics.json", "metrics")
+        LOG.info("seed %d: test top-1 %.2f %%", config.training.seed, metrics["test"]["top1"]["value"])
+
+
+def _splits(count: int, train: np.ndarray, val: np.ndarray) -> pd.DataFrame:
+    """Say of every training image which part it is in; those left out have none."""
+    part = np.full(count, "", dtype=object)
+    part[train], part[val] = "train", "val"
+    return pd.DataFrame({"row": np.arange(count), "split": part})
+
+
+def _summarise(config: VisionConfig, out: Path, group: Path) -> None:
+    """Give the parent run the mean over the seeds that are done."""
+    runs = {path.parent.name: json.loads(path.read_text()) for path in sorted(group.glob("seed*/metrics.json"))}
+    by_run = {name: headline(metrics) for name, metrics in runs.items()}
+    means = {key: float(np.mean([found[key] for found in by_run.values()])) for key in next(iter(by_run.values()))}
+    content = json.dumps({"mean": means, "by_run": by_run}, indent=1)
+    replace_file(group / "summary.json", (content + "\n").encode())
+    with tracked(group, out, config, "vision", "group") as tracker:
+        tracker.metrics(len(by_run), means)
+        tracker.log_artifact(group / "summary.json", "tables")

@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+from sklearn.linear_model import Ridge as Reference
+from sklearn.metrics import normalized_mutual_info_score
+
+from emoe_med.errors import DataError
+from emoe_med.vision.fewshot import PENALTIES, Ridge, nearest_mean, supports
+from emoe_med.vision.heatmap import describe
+
+
+def drawn(n, d, classes=4, seed=0):
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % classes
+    return rng.normal(size=(n, d)) + 0.7 * rng.normal(size=(classes, d))[y], y
+
+
+@pytest.mark.parametrize(("n", "d"), [(60, 7), (12, 30)], ids=["primal", "dual"])
+def test_ridge_is_that_of_scikit_learn(n, d):
+    x, y = drawn(n, d)
+    probe = Ridge(x, y, 4)
+    standard = np.column_stack([(x - x.mean(0)) / (x.std(0) + 1e-5), np.full(n, 100.0)])
+    for index in (0, 9, 15, 29):
+        reference = Reference(alpha=PENALTIES[index], fit_intercept=False, solver="svd", tol=1e-10)
+        reference.fit(standard, 2 * np.eye(4)[y] - 1)
+        np.testing.assert_allclose(probe.weights[index], reference.coef_.T, atol=1e-7)
+
+
+def test_classes_in_another_order_give_the_same_accuracy():
+    x, y = drawn(40, 6)
+    other, labels = drawn(200, 6, seed=1)
+    order = np.array([2, 0, 3, 1])
+    np.testing.assert_allclose(
+        Ridge(x, y, 4).accuracies(other, labels), Ridge(x, order[y], 4).accuracies(other, order[labels])
+    )
+
+
+def test_supports_and_held_out_images_are_disjoint_and_of_each_class():
+    labels = np.repeat([0, 1, 2], [30, 12, 40])
+    support, held = supports(labels, 5, 0)
+    assert np.bincount(labels[support]).tolist() == [5, 5, 5]
+    assert np.bincount(labels[held]).tolist() == [10, 7, 10]
+    assert not set(support) & set(held)
+    assert not np.array_equal(supports(labels, 5, 1)[0], support)
+    with pytest.raises(DataError, match="class 1 has 12 images"):
+        supports(labels, 12, 0)
+
+
+def test_nearest_mean_by_hand():
+    x, y = np.array([[1.0, 0], [3, 0], [0, 2]]), np.array([0, 0, 1])
+    assert nearest_mean(x, y, np.array([[5.0, 1], [1, 4], [2, 1]]), np.array([0, 1, 1])) == pytest.approx(200 / 3)
+
+
+def test_nmi_is_that_of_scikit_learn_and_extremes_are_told():
+    rng = np.random.default_rng(0)
+    expert, label = rng.integers(0, 3, 500), rng.integers(0, 5, 500)
+    expert = np.where(rng.random(500) < 0.5, label % 3, expert)
+    counts = np.zeros((3, 5))
+    np.add.at(counts, (expert, label), 1)
+    assert describe(counts)["nmi"] == pytest.approx(normalized_mutual_info_score(label, expert))
+    assert describe(np.eye(4))["nmi"] == pytest.approx(1)
+    assert describe(np.eye(4))["entropy_given_class"] == pytest.approx(0)
+    even = describe(np.ones((4, 7)))
+    assert even == pytest.approx({"nmi": 0, "entropy_given_class": 1, "load_cv": 0}, abs=1e-12)
+    assert describe(np.array([[5.0, 5], [0, 0]]))["load_cv"] == pytest.approx(1)

@@ -161,6 +161,7 @@ def test_what_is_done_is_kept_and_what_is_not_whole_is_made_anew(light, cohort, 
     assert not list(light.rglob(".tmp-*"))
 
 
+@pytest.mark.timeout(900)  # two processes import torch and MONAI anew
 def test_processes_side_by_side_give_the_same_bytes(light, cohort, tmp_path):
     arguments = ("--spacing", 4, "--steps", "light", "--jobs", 2)
     run("--manifest", cohort / "manifest.csv", "-o", tmp_path, *arguments, code=8)

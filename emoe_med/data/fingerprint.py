@@ -41,9 +41,9 @@ MEASURES: dict[str, str] = {  # in this order in a cache entry; what a reader is
     "overlap": "Dice of the mask with the template's brain",
     "rim": "mean of the outermost voxels of the mask, over the mean inside",
     "rim_spread": "difference of that between the six sides",
-    "rough_x": "mean square step from voxel to voxel, left-right, over the variance",
-    "rough_y": "the same, back-front",
-    "rough_z": "the same, bottom-top",
+    "rough_x": "mean square step from left to right over the variance",
+    "rough_y": "mean square step from back to front over the variance",
+    "rough_z": "mean square step from bottom to top over the variance",
 }
 
 

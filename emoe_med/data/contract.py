@@ -60,14 +60,14 @@ _LEAST = {
     "negative": 0.002,
     "dark": 0.004,
     "mode": 0.01,
-    "anisotropy": 0.1,
+    "anisotropy": 0.02,
     "scale": 0.01,
     "stretch": 0.02,
     "tilt_deg": 5.0,
 }
 _RELATIVE = 0.01  # of the median, for all others
 # beyond `REFUSE` these leave no head to speak of; the others may be a worse scan of one
-_DECISIVE = {"volume_ml", "negative", "mode", "stretch", "similarity", "overlap", "p01", "p50", "p99"}
+_DECISIVE = {"volume_ml", "negative", "stretch", "similarity", "overlap", "p01", "p50", "p99"}
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,12 @@ class Spread:
 
 
 def told(breaches: Sequence[Breach], most: int = 3) -> str:
-    """Name the steps that a scan broke, each once with its worst measure."""
-    worst = {}
+    """Name every step that a scan broke, once: the worst ones with their worst measure, the others by name alone."""
+    worst: dict[str, Breach] = {}
     for breach in breaches:
         worst.setdefault(breach.step, breach)
-    return "; ".join(map(str, list(worst.values())[:most]))
+    parts = [str(breach) for breach in list(worst.values())[:most]]
+    return "; ".join([*parts, f"also {', '.join(list(worst)[most:])}"] if len(worst) > most else parts)
 
 
 def contract_digest(meta: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ MEASURES: dict[str, str] = {  # in this order in a cache entry; what a reader is
     "negative": "share of voxels below 0 inside the mask",
     "dark": "share of background inside the mask",
     "mode": "share of the most frequent value inside the mask",
-    "anisotropy": "detail along the sharpest over that along the bluntest voxel axis, inside the mask",
+    "anisotropy": "fine detail along the sharpest over that along the bluntest voxel axis, inside the mask",
     "shell": "mean signal within 12 mm outside the mask, over the mean inside",
     "scale": "linear size against the template",
     "stretch": "largest over smallest scale along an axis",
@@ -41,9 +41,9 @@ MEASURES: dict[str, str] = {  # in this order in a cache entry; what a reader is
     "overlap": "Dice of the mask with the template's brain",
     "rim": "mean of the outermost voxels of the mask, over the mean inside",
     "rim_spread": "difference of that between the six sides",
-    "rough_x": "mean square step from voxel to voxel, left-right, over the variance",
-    "rough_y": "the same, back-front",
-    "rough_z": "the same, bottom-top",
+    "rough_x": "mean square step from left to right over the variance",
+    "rough_y": "mean square step from back to front over the variance",
+    "rough_z": "mean square step from bottom to top over the variance",
 }
 
 
@@ -75,7 +75,7 @@ def fingerprint(
     found = {
         **_shape(affine, mask[box]),
         **_intensity(voxels[mask]),
-        "anisotropy": _anisotropy(voxels[box], affine, mask[box]),
+        "anisotropy": _anisotropy(voxels[box], mask[box]),
         "shell": _shell(voxels, affine, mask),
         **_placed(matrix, similarity),
         **_boxed(normal, spacing_mm),
@@ -116,13 +116,23 @@ def _intensity(inside: np.ndarray) -> dict[str, float]:
     }
 
 
-def _anisotropy(voxels: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> float:
-    """Ratio of the mean square difference per mm between neighbours of the mask, largest over smallest axis."""
+def _anisotropy(voxels: np.ndarray, mask: np.ndarray) -> float:
+    """Ratio of fine detail between axes; it shows slices that were repeated or interpolated, whatever the header says.
+
+    Fine detail is the mean square second difference over the mean square first one, among voxels inside the mask.
+    """
     detail = []
-    for axis, edge in enumerate(np.linalg.norm(affine[:3, :3], axis=0)):
-        step, both = np.diff(voxels, axis=axis), _pairs(mask, axis)
-        detail.append(np.square(step[both], dtype=np.float64).mean() / edge if both.any() else math.nan)
-    return float(max(detail) / max(min(detail), 1e-12))
+    for axis in range(3):
+        first, second = np.diff(voxels, axis=axis), np.diff(voxels, n=2, axis=axis)
+        pairs = _pairs(mask, axis)
+        triples = _pairs(pairs, axis)
+        means = [
+            np.square(step[both], dtype=np.float64).mean()
+            for step, both in ((first, pairs), (second, triples))
+            if both.any()
+        ]
+        detail.append(means[1] / max(means[0], 1e-12) if len(means) == 2 else math.nan)
+    return float(np.max(detail) / np.maximum(np.min(detail), 1e-12))
 
 
 def _pairs(mask: np.ndarray, axis: int) -> np.ndarray:

@@ -83,7 +83,10 @@ def test_far_is_flagged_and_very_far_is_refused():
 
 
 def test_each_step_is_told_once_by_its_worst_measure():
-    text = told(Spread.of(training()).breaches(scan(cv=1000, p50=5000, cut_cm2=400)))
+    breaches = Spread.of(training()).breaches(scan(cv=1000, p50=5000, cut_cm2=900, rough_x=700, shell=600, dark=300))
+    text = told(breaches)
+    assert told(breaches[:1]) == text.split("; ")[0]
+    assert text.endswith("; also brain mask")
     assert text.count("intensity scale or contrast") == 1
     assert f"intensity scale or contrast: {MEASURES['p50']} is 5e+03, in training 55 to 145" in text
     assert "field of view: " in text

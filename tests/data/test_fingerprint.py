@@ -7,7 +7,7 @@ from monai.data import MetaTensor
 from scipy.spatial.transform import Rotation
 
 from emoe_med.data.brain import BrainToBoxd, ChainOptions
-from emoe_med.data.fingerprint import MEASURES, _placed, fingerprint
+from emoe_med.data.fingerprint import MEASURES, _anisotropy, _placed, fingerprint
 
 RADII = np.array([60.0, 75, 55])
 CHAIN = BrainToBoxd(ChainOptions(4, "centred"))
@@ -79,9 +79,17 @@ def test_a_cut_shows_in_the_outermost_slice(plain):
 
 def test_repeated_slices_show_though_the_header_tells_nothing(plain):
     voxels, affine, mask = head()
-    thick = np.repeat(voxels[:, :, 1:99:3], 3, axis=2)
-    assert plain["anisotropy"] < 1.3
-    assert measured(thick, affine, mask[:, :, :99])["anisotropy"] > 1.15 * plain["anisotropy"]
+    thick, inside = (np.repeat(volume[:, :, 1:99:3], 3, axis=2) for volume in (voxels, mask))
+    assert measured(thick, affine, inside)["anisotropy"] > 1.5 * plain["anisotropy"]
+
+
+def test_fine_detail_by_hand():
+    """Steps of 1, -1, 1 along x have second differences of 2: 4 over 1. What rises evenly along y and z has none."""
+    x, y, z = np.indices((6, 6, 6))
+    assert _anisotropy((x % 2 + y + z).astype(float), np.ones((6, 6, 6), bool)) > 1e9
+    alike = (x % 2 + y % 2 + z % 2).astype(float)
+    assert _anisotropy(alike, np.ones((6, 6, 6), bool)) == pytest.approx(1)
+    assert np.isnan(_anisotropy(alike[:2], np.ones((2, 6, 6), bool)))
 
 
 def test_a_scrap_beside_the_mask(plain):

@@ -10,7 +10,7 @@ demo: .venv/.installed
 	$(BIN)/python -m emoe_med.brainage demo
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -m "not faults"
+	$(BIN)/python -m pytest -m "not faults" -n auto --maxprocesses 4 --dist loadfile
 
 faults: .venv/.installed
 	$(BIN)/python -m pytest -m faults

@@ -212,7 +212,7 @@ def test_b1_every_fault_of_200_rows_in_one_run(tmp_path):
         assert line.startswith(f"error {fault.code}  m.csv row {fault.row}  ")
         assert fault.code.startswith("MAN-") or fault.file
     made_files = {path.relative_to(tmp_path).as_posix() for path in set(tmp_path.rglob("*")) - before}
-    assert made_files == {"check", "check/check.csv", "check/check.html"}
+    assert made_files == {"check", "check/check.csv", "check/check.html", "check/scans.html"}
     written = (tmp_path / "check" / "check.csv").read_text()
     assert len(written.splitlines()) == 201
     assert ".nii" not in written

@@ -77,6 +77,6 @@ def _judgement(model: TrainedModel, row: int, reading: Reading) -> Judgement:
         reasons.append("the run was trained or selected on this image")
     status = "refused" if any(breach.refuses for breach in breaches) else "check" if reasons else "ok"
     measured = dict(zip(MEASURES, reading.fingerprint, strict=True))
-    figures = ", ".join(f"{name.removesuffix('_ml')} {measured[name]:.3g}" for name in SHOWN)
+    figures = ", ".join(f"{name.removesuffix('_ml')} {measured[name]:.4g}" for name in SHOWN)
     worst = f"; the worst measure is {breaches[0].distance:.1f} times too far" if breaches else ""
     return Judgement(row, status, "; ".join(reasons), figures + worst)

@@ -87,8 +87,8 @@ class Breach:
         return self.measure in _DECISIVE and self.distance > REFUSE / FLAG
 
     def __str__(self) -> str:
-        span = f"{self.low:.4g} to {self.high:.4g}"
-        return f"{self.step}: {MEASURES[self.measure]} is {self.value:.4g}, in training {span}"
+        span = f"{self.low:.3g} to {self.high:.3g}"
+        return f"{self.step}: {MEASURES[self.measure]} is {self.value:.3g}, in training {span}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+SHOWN = ("emoe_med/**/*.py", "configs/**/*.yaml", "docs/*.md", "data_manifests/*.md", "*.md")
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -13,16 +14,22 @@ def test_the_python_example_runs():
     assert names["loss"].isfinite()
 
 
-def test_every_command_shown_exists():
+def test_every_command_shown_anywhere_exists():
     from typer.testing import CliRunner
 
     from emoe_med.brainage.__main__ import app as brainage
     from emoe_med.vision.__main__ import app as vision
 
-    patterns = {brainage: r"emoe_med\.brainage (\w+(?: (?:bids|glob|ukb))?)", vision: r"emoe_med\.vision ([\w-]+)"}
-    for app, verbs in patterns.items():
-        for verb in set(re.findall(verbs, README)):
-            assert CliRunner().invoke(app, [*verb.split(), "--help"]).exit_code == 0, verb
+    here = Path(__file__).parent.parent
+    pages = [README, *(path.read_text() for pattern in SHOWN for path in here.glob(pattern))]
+    shown = {found for page in pages for found in re.findall(r"python -m emoe_med\.([\w.]+)((?: [a-z][a-z-]*)*)", page)}
+    assert len(shown) > 20
+    apps = {"brainage": brainage, "vision": vision}
+    for module, verbs in shown:
+        known = [app for app in [apps.get(module)] if app]
+        assert known, f"python -m emoe_med.{module} is no command"
+        verb = verbs.split()[: 2 if verbs.startswith(" manifest") else 1]
+        assert CliRunner().invoke(known[0], [*verb, "--help"]).exit_code == 0, (module, verb)
 
 
 def test_linked_files_are_there():

@@ -96,7 +96,7 @@ def _show_runs(run_dirs: list[Path], out: Path, as_json: bool) -> None:
         guess = _estimate(test["mae_training_median"])
         say(f"{run}: MAE {_estimate(test['mae'])}, in years; guessing the training median: {guess}")
     say(f"report: {run_dirs[-1] / 'report' / 'report.html'}")
-    say(f"tracking: python -m emoe_med.training.ui --out {out}")
+    say(f"tracking: python -m emoe_med.brainage ui --out {out}")
 
 
 @app.command()
@@ -273,7 +273,7 @@ def ui(
 ) -> None:
     """Serve the tracked runs on this machine alone and print where to look.
 
-    Example: python -m emoe_med.training.ui --out runs
+    Example: python -m emoe_med.brainage ui --out runs
     """
     from emoe_med.training.ui import serve_runs
 

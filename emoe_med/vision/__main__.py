@@ -117,7 +117,9 @@ def fewshot(
     draws: Annotated[int, typer.Option("--draws", min=1, help="random draws of supports; 100 for one shot")] = 5,
     as_json: JsonOption = False,
 ) -> None:
-    """Probe the frozen features with a few labelled images of each class: ridge regression, nearest class mean.
+    """Probe the frozen features with a few labelled images of each class.
+
+    By ridge and logistic regression and by the nearest class mean.
 
     The penalty is chosen on further training images, never on the test images. Probe the dense run beside.
 

@@ -82,6 +82,10 @@ def _score(tables: dict[str, pd.DataFrame], model: TrainedModel, method: Method 
     metrics = with_coverage(metrics, tables["test"], interval)
     chain = model.contract["chain"]
     data = {"used": f"the {chain['mask']} alone" if chain["mask"] == "brain" else "the whole head, unaligned"}
+    if steps := model.contract.get("strip", {}).get("prepared"):
+        data["preprocessed"] = (
+            f"{steps['Path']} path; skull strip {steps['SkullStrip']}; bias field {steps['BiasField']}"
+        )
     about = {"synthetic": model.contract["synthetic"], "contract": contract_digest(model.contract)}
     verdicts = tables["test"]["status"].value_counts().to_dict()
     return metrics | about | {"data": data | {"space": chain["space"]}, "verdicts": verdicts}

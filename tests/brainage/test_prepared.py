@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from emoe_med.brainage import inference
 from emoe_med.brainage.__main__ import app
 from emoe_med.data.brain import ChainOptions
 from emoe_med.data.cache import HeadDataset
 from emoe_med.data.cohort import write_cohort
+from emoe_med.data.fingerprint import MEASURES
 from emoe_med.data.manifest import read_manifest
 from emoe_med.data.prepare import Preparation, missing_extra
+from emoe_med.data.sidecar import steps_digest
 from emoe_med.data.volume import read_volume, write_volume
+from emoe_med.errors import VolumeError
 from emoe_med.training.checkpoint import CheckpointFolder
 
 NEEDS_EXTRA = pytest.mark.skipif(bool(missing_extra()), reason=f"the extra is not installed: {missing_extra()}")
@@ -84,6 +89,8 @@ def some(manifest: Path, folder: Path, rows=(3, 4)) -> Path:
 def test_the_contract_names_the_steps_of_the_training_scans(model):
     stated = contract(model)["strip"]
     assert stated["prepared"] == Preparation(4.0, "light").steps()
+    told = json.loads((model / "metrics.json").read_text())["data"]["preprocessed"]
+    assert told == "light path; skull strip none: mask as given; bias field none"
     assert stated["stated"] == {json.dumps(stated["prepared"], sort_keys=True): 2}
 
 
@@ -100,14 +107,8 @@ def test_what_was_written_is_seen_as_it_is(prepared, tmp_path):
     assert torch.equal(entry["matrix"], torch.eye(4, dtype=torch.float64))
     figures = heads.sidecars[0].figures
     assert float(entry["similarity"]) == pytest.approx(figures["similarity"], abs=0.05)  # of the head, not the box
-    scale = entry["fingerprint"][list_of_measures().index("scale")]
+    scale = entry["fingerprint"][list(MEASURES).index("scale")]
     assert float(scale) == pytest.approx(np.cbrt(np.prod([figures[f"scale_{a}"] for a in "xyz"])), rel=0.02)
-
-
-def list_of_measures() -> list[str]:
-    from emoe_med.data.fingerprint import MEASURES
-
-    return list(MEASURES)
 
 
 def test_a_raw_head_and_its_volume_get_one_prediction(model, raw, prepared, tmp_path):
@@ -174,21 +175,23 @@ def test_an_altered_volume_is_no_longer_vouched_for(model, prepared, tmp_path):
     assert abs(heads.entry(0)["matrix"][0, 3]) > 4  # mm, found anew
 
 
+def test_a_grid_that_is_not_the_one_of_the_sidecar_is_refused(prepared, tmp_path):
+    (scan,) = read_manifest(some(prepared, tmp_path, rows=(4,)), Path("/"), require_age=False).scans
+    for file in scan.image.parent.iterdir():
+        shutil.copy(file, tmp_path / file.name)
+    file = tmp_path / scan.image.name.replace(".nii.gz", ".json")
+    sidecar = json.loads(file.read_text())
+    sidecar["Steps"]["SpacingMm"] = 8.0
+    file.write_text(json.dumps(sidecar | {"ChainHash": steps_digest(sidecar["Steps"])}))
+    moved = replace(scan, image=tmp_path / scan.image.name, mask=tmp_path / scan.mask.name)
+    with pytest.raises(VolumeError, match="VOL-SPACE"):
+        HeadDataset([moved], ChainOptions(4.0), tmp_path / "cache").entry(0)
+
+
 def test_other_steps_are_named(model, raw, tmp_path):
     manifest = some(raw, tmp_path, rows=(4,))
-    run(
-        "preprocess",
-        "--manifest",
-        manifest,
-        "--data-root",
-        "/",
-        "-o",
-        tmp_path / "o",
-        "--spacing",
-        8,
-        "--steps",
-        "light",
-    )
+    root = ("--data-root", "/", "--spacing", 8, "--steps", "light")
+    run("preprocess", "--manifest", manifest, "-o", tmp_path / "o", *root)
     found = ages(model, tmp_path / "o", tmp_path)
     assert (found["status"] == "check").all()
     assert found["reason"].str.contains("preprocessing: SpacingMm is 8.0, in training 4.0").all()
@@ -217,8 +220,6 @@ def test_a_folder_of_volumes_is_read_with_its_masks(model, prepared, tmp_path):
 def test_without_the_extra_a_raw_head_is_one_line(model, raw, prepared, tmp_path, monkeypatch):
     monkeypatch.setattr("emoe_med.data.prepare.EXTRA", ("no_such_package",))
     steps = {**Preparation(4.0, "light").steps(), "Path": "full"}
-    from emoe_med.brainage import inference
-
     load = inference.TrainedModel.load
 
     def of_full_path(run_dir):

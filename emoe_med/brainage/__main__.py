@@ -159,8 +159,9 @@ def predict(
 ) -> None:
     """Predict the age of every scan; a row for each, with status and reason.
 
+    Where the run was trained on what `preprocess` wrote, raw heads go through the same steps first.
     Without a manifest a brain mask is looked for beside each head:
-    *_desc-brain_mask, HEAD_mask, HEAD_brain_mask or T1_brain_mask.
+    *_desc-brain_mask, HEAD_mask, HEAD_brain_mask, T1_brain_mask or brainmask.
     Ages are in years; brain_pad is predicted minus chronological age.
 
     Example: python -m emoe_med.brainage predict --run runs/emoe_4mm/seed0-fold0 -i scans/ -o ages.csv

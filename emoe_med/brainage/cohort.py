@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -35,6 +36,29 @@ class Cohort:
             fold=fold,
             val_share=data.val_share,
         )
+
+    def steps(self) -> dict[str, Any] | None:
+        """Return the steps by which `preprocess` made all scans; None where it made none of them.
+
+        Raises:
+            DataError: MAN-STEPS, some rows were made otherwise than the first: a model of them could keep no contract.
+        """
+        made = [sidecar.steps if sidecar else None for sidecar in self.heads.sidecars]
+        faults = [
+            Fault(
+                "MAN-STEPS",
+                f"not preprocessed as row {self.manifest.scans[0].row} was",
+                str(scan.image),
+                scan.row,
+                self.manifest.path.name,
+                hint="run `preprocess` on all scans, and leave what it wrote as it is",
+            )
+            for scan, steps in zip(self.manifest.scans, made, strict=True)
+            if steps != made[0]
+        ]
+        if faults:
+            raise DataError(*faults)
+        return made[0]
 
     def table(self) -> pd.DataFrame:
         """Return row, participant_id, sex and site of the scans, for scoring.

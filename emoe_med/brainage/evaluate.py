@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from emoe_med.brainage.comparison import paired_difference
 from emoe_med.brainage.conformal import Interval, fit_interval, with_coverage
 from emoe_med.brainage.inference import TrainedModel, predict_scans
 from emoe_med.brainage.metrics import Bootstrap, evaluate
+from emoe_med.brainage.prepared import prepared_like
 from emoe_med.brainage.report import write_report, write_shared_metrics
 from emoe_med.brainage.strata import first_sessions
 from emoe_med.data.contract import contract_digest
@@ -80,6 +82,10 @@ def _score(tables: dict[str, pd.DataFrame], model: TrainedModel, method: Method 
     metrics = with_coverage(metrics, tables["test"], interval)
     chain = model.contract["chain"]
     data = {"used": f"the {chain['mask']} alone" if chain["mask"] == "brain" else "the whole head, unaligned"}
+    if steps := model.contract.get("strip", {}).get("prepared"):
+        data["preprocessed"] = (
+            f"{steps['Path']} path; skull strip {steps['SkullStrip']}; bias field {steps['BiasField']}"
+        )
     about = {"synthetic": model.contract["synthetic"], "contract": contract_digest(model.contract)}
     verdicts = tables["test"]["status"].value_counts().to_dict()
     return metrics | about | {"data": data | {"space": chain["space"]}, "verdicts": verdicts}
@@ -127,6 +133,10 @@ def evaluate_elsewhere(
             of a training person are found only by the eye. Or ``method`` cannot correct the run.
     """
     model = TrainedModel.load(run_dir)
+    scans, unusable = prepared_like(model.contract, manifest.scans, cache_dir, jobs)
+    if unusable:
+        raise DataError(*(replace(fault, manifest=manifest.path.name) for fault in unusable))
+    manifest = replace(manifest, scans=tuple(scans))
     cohort = prepare_cohort(manifest, model.chain(), cache_dir, jobs, counted("reading scans"))
     seen = {*model.contract["seen"], *model.contract.get("seen_voxels", ())}
     faults = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from emoe_med.data.augment import phases, to_model_grid
 from emoe_med.data.brain import ChainOptions
 from emoe_med.data.cache import HeadDataset
 from emoe_med.data.contract import Spread, told
-from emoe_med.data.sidecar import statement
+from emoe_med.data.prepare import odd
+from emoe_med.data.sidecar import other_steps
 from emoe_med.errors import CheckpointError, Fault, VolumeError
 from emoe_med.models.heads import TrainingAges
 from emoe_med.training.checkpoint import CheckpointFolder, load_model_weights
@@ -149,7 +150,9 @@ def predict_scans(
         age, features = model.look(entry["image"], average)
         row |= {"predicted_age": age, "similarity": float(entry["similarity"])}
         row["in_training"] = not known.isdisjoint((entry["voxels"], entry["digest"]))
-        row |= _verdict(model, row, entry["fingerprint"].tolist(), features, statement(scan.image))
+        sidecar = heads.sidecars[index]
+        figures = sidecar.figures if sidecar else {}
+        row |= _verdict(model, row, entry["fingerprint"].tolist(), features, heads.stated(index), figures)
         if row["status"] == "refused" and own:
             row["status"] = "check"
         if row["status"] == "refused":
@@ -161,7 +164,12 @@ def predict_scans(
 
 
 def _verdict(
-    model: TrainedModel, row: dict[str, Any], fingerprint: Sequence[float], features: np.ndarray, stated: str
+    model: TrainedModel,
+    row: dict[str, Any],
+    fingerprint: Sequence[float],
+    features: np.ndarray,
+    stated: str,
+    figures: Mapping[str, float],
 ) -> dict[str, Any]:
     """Judge one scan by the contract of a model: ood_score, ood_percentile, status and reason."""
     found: dict[str, Any] = {}
@@ -172,9 +180,10 @@ def _verdict(
         reasons += [told(breaches)] if breaches else []
     elif (lowest := model.contract["similarity"]["low"]) is not None and row["similarity"] < lowest:
         reasons.append("head fits the template worse than any training head")
-    if "strip" in model.contract and stated not in model.contract["strip"]["stated"]:
-        other = "states other steps than the training scans" if stated else "states none, unlike the training scans"
+    if "strip" in model.contract and (other := other_steps(stated, list(model.contract["strip"]["stated"]))):
         reasons.append(f"preprocessing: {other}")
+    if figures and (why := odd(figures)):
+        reasons.append(f"preprocessing: {why}")
     if model.familiarity is not None:
         score = model.familiarity.score(features[None])
         found |= {"ood_score": float(score[0]), "ood_percentile": float(model.familiarity.percentile(score)[0])}

@@ -74,6 +74,7 @@ def train(
     if config.data.spacing_mm < 2 and not torch.cuda.is_available():
         LOG.warning("note: this is a preset for a GPU and there is none; configs/brainage/*_4mm.yaml suit a CPU")
     cohort = prepare_cohort(manifest, chain, cache_dir, jobs, counted("reading scans"))
+    cohort.steps()  # one for all, before anything is learned
     digests = {fold: _digests(config, cohort, fold) for fold in folds}
     for fold, run_dir in zip(folds, run_dirs, strict=True):
         check_same(run_dir, digests[fold])
@@ -126,7 +127,12 @@ def _train_fold(
     meta = {
         "chain": cohort.heads.options.contract(),
         "manifest": cohort.manifest.sha256,
-        "strip": strip_statement([scans[index] for index in where["train"]], cohort.heads.options.mask),
+        "strip": strip_statement(
+            [scans[index] for index in where["train"]],
+            [cohort.heads.stated(index) for index in where["train"]],
+            cohort.heads.options.mask,
+        )
+        | {"prepared": cohort.steps()},
         "fingerprint": Spread.of(np.array([cohort.readings[index].fingerprint for index in where["train"]])).to_json(),
         "similarity": _similarity(cohort, where["train"]),
         "seen": sorted(cohort.readings[index].content for index in where["train"] + where["val"]),

@@ -1,7 +1,7 @@
 """From a scan on disk to the tensor that a network sees: the deterministic chain.
 
 strict read -> RAS -> brain mask -> affine to the template (or centring) -> area resampling -> intensity.
-Nothing random happens here.
+A volume that `preprocess` wrote is in the model's space already and is not aligned again. Nothing random happens here.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,8 @@ from monai.transforms import Compose, LoadImaged, MapTransform, Transform
 from scipy import ndimage
 
 from emoe_med.data.fingerprint import FINGERPRINT_VERSION, fingerprint
-from emoe_med.data.register import align_affine, box_grid, resample
+from emoe_med.data.register import align_affine, box_grid, resample, similarity_of
+from emoe_med.data.sidecar import Sidecar
 from emoe_med.data.volume import StrictReader, Volume, voxel_digest
 from emoe_med.errors import Fault, VolumeError
 
@@ -90,7 +92,8 @@ class BrainToBoxd(MapTransform):
         image = data["image"]
         voxels, affine = np.asarray(image[0]), np.asarray(image.affine)
         mask = self._mask(voxels, affine, data.get("mask"))
-        matrix, similarity = self._matrix(voxels, affine, mask)
+        written = Sidecar.read(Path(data["sidecar"])) if "sidecar" in data else None
+        matrix, similarity = self._matrix(voxels, affine, mask, written)
         shape, grid = box_grid(self.options.spacing_mm)
         brain = resample(np.where(mask, voxels, 0), affine, matrix, grid, shape)
         share = resample(mask.astype(np.float32), affine, matrix, grid, shape)
@@ -98,7 +101,8 @@ class BrainToBoxd(MapTransform):
         mean = brain / (np.maximum(share, 0.5) * voxels[mask].mean())
         normal = np.where(share >= 0.5, np.clip((mean - 1) / 0.25, -4, 3), 0)
         normal = normal.astype(np.float32)
-        measured = fingerprint(voxels, affine, mask, matrix, similarity, normal, self.options.spacing_mm)
+        to_scanner = written.matrix if written else matrix
+        measured = fingerprint(voxels, affine, mask, to_scanner, similarity, normal, self.options.spacing_mm)
         return {
             "image": torch.from_numpy(normal)[None],
             "similarity": torch.tensor(similarity),
@@ -124,7 +128,14 @@ class BrainToBoxd(MapTransform):
             raise VolumeError(Fault("VOL-MASK", "mask covers no signal of the image"))
         return mask
 
-    def _matrix(self, voxels: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, float]:
+    def _matrix(
+        self, voxels: np.ndarray, affine: np.ndarray, mask: np.ndarray, written: Sidecar | None
+    ) -> tuple[np.ndarray, float]:
+        if written:
+            shape, grid = box_grid(written.steps["SpacingMm"])
+            if shape != voxels.shape or not np.allclose(grid, affine, atol=1e-3):
+                raise VolumeError(Fault("VOL-SPACE", "the sidecar names the model's space, the grid is another"))
+            return np.eye(4), similarity_of(voxels, affine, mask, np.eye(4))
         if self.options.align == "affine":
             alignment = align_affine(voxels, affine, mask)
             return alignment.matrix, alignment.similarity
@@ -178,6 +189,6 @@ def entry_seal(entry: Mapping[str, Any]) -> str:
 
 
 def make_chain(options: ChainOptions) -> Compose:
-    """Compose the deterministic chain for items {"image": path, "mask": path (optional)}."""
+    """Compose the deterministic chain for items {"image": path}, with "mask" and "sidecar" where there are such."""
     load = LoadImaged(keys=["image", "mask"], reader=StrictReader, ensure_channel_first=True, allow_missing_keys=True)
     return Compose([load, BrainToBoxd(options), ToCacheEntry()])

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from emoe_med.data.brain import CHAIN_VERSION, ChainOptions, entry_digest, entry_seal, make_chain
 from emoe_med.data.manifest import Scan
+from emoe_med.data.sidecar import Sidecar, statement, vouching
 from emoe_med.data.volume import file_digest
 from emoe_med.errors import Fault, VolumeError
 
@@ -62,8 +63,9 @@ class HeadDataset(PersistentDataset):
     """Volumes of scans in the model's space, through the cache, with age and row joined afterwards.
 
     `dataset[i]` gives image [1, X, Y, Z] float16, similarity [] float32, age [] float32 in years (NaN where
-    unknown), weight [] float32 and row [] int64. The cache is keyed by the content of image and mask and by the
-    chain; an entry whose digest is wrong is removed and made anew.
+    unknown), weight [] float32 and row [] int64. The cache is keyed by the content of image, mask and sidecar and by
+    the chain; an entry whose digest is wrong is removed and made anew. `sidecars[i]` is what vouches that a scan is in
+    the model's space already; None for all others.
 
     Raises:
         VolumeError: From `dataset[i]`, with the manifest row, where the scan cannot be used.
@@ -76,14 +78,28 @@ class HeadDataset(PersistentDataset):
         self.options = options
         self.folder = folder
         self.digests = FileDigests(cache_dir / "file-digests.txt")
-        items = [self._item(scan) for scan in scans]
+        self.sidecars = [self._sidecar(scan) for scan in scans]
+        items = [self._item(scan, sidecar) for scan, sidecar in zip(scans, self.sidecars, strict=True)]
         super().__init__(items, make_chain(options), folder, hash_func=self._key, weights_only=True)
 
-    def _item(self, scan: Scan) -> dict[str, str]:
+    def _sidecar(self, scan: Scan) -> Sidecar | None:
+        """Return what vouches that a scan is in the model's space already."""
+        if self.options.align != "affine" or self.options.mask != "brain":
+            return None
+        sidecar = vouching(scan.image, scan.mask or scan.labels, self.digests.of)
+        return sidecar if sidecar and sidecar.steps.get("Space") == self.options.space else None
+
+    def _item(self, scan: Scan, sidecar: Sidecar | None) -> dict[str, str]:
         mask = scan.mask or scan.labels
         if mask is None or self.options.mask == "head":
             return {"image": str(scan.image)}
-        return {"image": str(scan.image), "mask": str(mask)}
+        item = {"image": str(scan.image), "mask": str(mask)}
+        return item | {"sidecar": str(sidecar.file)} if sidecar else item
+
+    def stated(self, index: int) -> str:
+        """Return what a scan states of its preprocessing; of what `preprocess` wrote, only where it is unaltered."""
+        sidecar = self.sidecars[index]
+        return sidecar.statement() if sidecar else statement(self.scans[index].image)
 
     def _key(self, item: Mapping[str, str]) -> bytes:
         digests = [self.digests.of(Path(path)) for path in item.values()]

@@ -63,10 +63,19 @@ def _bids(folder: Path) -> Pairs:
 def _any_volume(folder: Path) -> Pairs:
     for image in folder.rglob("*"):
         if _VOLUME.search(image.name) and not _NO_HEAD.search(image.name):
-            stem = _VOLUME.sub("", image.name)
-            ending = image.name.removeprefix(stem)
-            masks = (_there(image.with_name(f"{stem}{tail}{ending}")) for tail in ("_mask", "_brain_mask"))
-            yield image, next(filter(None, masks), None)
+            yield image, mask_beside(image)
+
+
+def mask_beside(image: Path) -> Path | None:
+    """Return the brain mask that lies beside a head under one of the usual names.
+
+    They are `*_desc-brain_mask`, `<head>_mask`, `<head>_brain_mask`, `T1_brain_mask` and `brainmask`.
+    """
+    stem = _VOLUME.sub("", image.name)
+    bids = re.sub(r"(_desc-[^_]+)?_T1w$", "", stem)
+    names = (f"{bids}_desc-brain_mask", f"{stem}_mask", f"{stem}_brain_mask", "T1_brain_mask", "brainmask")
+    places = (image.with_name(name + ending) for name in names for ending in (".nii.gz", ".nii", ".mgz", ".mgh"))
+    return next((place for place in places if place.is_file()), None)
 
 
 def _there(path: Path) -> Path | None:

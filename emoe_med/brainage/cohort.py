@@ -78,30 +78,35 @@ class Cohort:
 
 
 def chain_options(config: BrainAgeConfig, manifest: Manifest) -> ChainOptions:
-    """Settle the chain for a manifest: which mask, whether to align.
+    """Settle the chain for a manifest: which mask, and how heads come to the template.
+
+    Linear transforms of the manifest are taken where every row has one.
 
     Raises:
-        DataError: Some rows have a mask or labels and others have none.
+        DataError: Some rows have a mask or labels and others have none; some are warped and others are not.
     """
-    data = config.data
+    data, scans = config.data, manifest.scans
     mask = data.mask
     if mask == "auto":
-        lacking = [scan.row for scan in manifest.scans if scan.mask is None and scan.labels is None]
-        if lacking and len(lacking) < len(manifest.scans):
-            faults = [
-                Fault(
-                    "MAN-MASK",
-                    "no mask or labels while other rows have them",
-                    row=row,
-                    manifest=manifest.path.name,
-                )
-                for row in lacking
-            ]
-            raise DataError(*faults)
+        lacking = [scan.row for scan in scans if scan.mask is None and scan.labels is None]
+        _refuse_some(manifest, lacking, "MAN-MASK", "no mask or labels while other rows have them")
         mask = "head" if lacking else "brain"
-    # the template is a brain: a whole head has nothing to be aligned with
-    align = data.align if mask == "brain" else "centred"
+    warped = [scan.row for scan in scans if scan.warped]
+    _refuse_some(manifest, warped, "MAN-WARPED", "image is warped nonlinearly while others are not")
+    align = data.align
+    if warped:
+        align = "warped"
+    elif mask == "head":
+        align = "centred"  # the template is a brain: a whole head has nothing to be aligned with
+    elif align == "affine" and all(scan.transform for scan in scans):
+        align = "given"
     return ChainOptions(data.spacing_mm / data.oversample, align, mask)
+
+
+def _refuse_some(manifest: Manifest, rows: list[int], code: str, reason: str) -> None:
+    """Refuse rows unless it is none or all of them."""
+    if 0 < len(rows) < len(manifest.scans):
+        raise DataError(*(Fault(code, reason, row=row, manifest=manifest.path.name) for row in rows))
 
 
 def prepare_cohort(

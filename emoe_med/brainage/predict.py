@@ -14,7 +14,7 @@ from emoe_med.brainage.prepared import prepared_like
 from emoe_med.data.cache import HeadDataset
 from emoe_med.data.contract import contract_digest
 from emoe_med.data.manifest import Scan, inspect_manifest
-from emoe_med.data.scan import identity_from_path
+from emoe_med.data.scan import identity_from_path, is_warped
 from emoe_med.data.tree import mask_beside, scans_in
 from emoe_med.errors import DataError, Fault
 from emoe_med.training.progress import counted
@@ -107,4 +107,12 @@ def _asked(given: list[Scan], faults: list[Fault]) -> pd.DataFrame:
 def _scan_of(file: Path) -> Scan:
     participant, session = identity_from_path(file.as_posix())
     name = participant or file.name.split(".")[0]
-    return Scan(row=1, image=file, age=None, participant_id=name, session_id=session, mask=mask_beside(file))
+    return Scan(
+        row=1,
+        image=file,
+        age=None,
+        participant_id=name,
+        session_id=session,
+        mask=mask_beside(file),
+        warped=is_warped(file.name),
+    )

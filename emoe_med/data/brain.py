@@ -21,6 +21,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, MapTransform, Transform
 from scipy import ndimage
 
+from emoe_med.data import flirt
 from emoe_med.data.fingerprint import FINGERPRINT_VERSION, fingerprint
 from emoe_med.data.register import align_affine, box_grid, resample, similarity_of
 from emoe_med.data.sidecar import Sidecar
@@ -39,19 +40,20 @@ class ChainOptions:
 
     Attributes:
         spacing_mm: voxel edge of the cached volumes; it divides the box of 160 x 192 x 160 mm.
-        align: `affine` takes each head to the MNI152 template by 12 degrees of freedom; `centred` only moves
-            its centre there, and MNI atlases then do not apply.
+        align: `affine` takes each head to the MNI152 template by 12 degrees of freedom; `given` takes it there by
+            the manifest's linear transform; `warped` leaves it, because a nonlinear warp brought it there before;
+            `centred` only moves its centre there, and MNI atlases then do not apply.
         mask: `brain` keeps the voxels of the manifest's mask (or labels > 0); `head` keeps the whole head.
     """
 
     spacing_mm: float = 1.0
-    align: Literal["affine", "centred"] = "affine"
+    align: Literal["affine", "given", "warped", "centred"] = "affine"
     mask: Literal["brain", "head"] = "brain"
 
     @property
     def space(self) -> str:
         """Name of the space that the volumes are in, for file names and reports."""
-        return "MNI152NLin2009aSym" if self.align == "affine" else "centred"
+        return {"affine": "MNI152NLin2009aSym", "centred": "centred"}.get(self.align, flirt.SPACE)
 
     def contract(self) -> dict[str, Any]:
         """Tell what a scan went through; a model is applied only to scans that went the same way."""
@@ -69,6 +71,16 @@ class ChainOptions:
         """Return what the cache key says of the chain."""
         text = json.dumps([float(self.spacing_mm), self.align, self.mask, CHAIN_VERSION])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class ReadGiven(Transform):
+    """Put the matrix of a given linear transform, template RAS mm -> subject RAS mm, in the place of its path."""
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the item, its `transform` [4, 4] where it has one."""
+        if "transform" not in data:
+            return dict(data)
+        return {**data, "transform": flirt.given_matrix(Path(data["transform"]), Path(data["image"]))}
 
 
 class BrainToBoxd(MapTransform):
@@ -93,7 +105,7 @@ class BrainToBoxd(MapTransform):
         voxels, affine = np.asarray(image[0]), np.asarray(image.affine)
         mask = self._mask(voxels, affine, data.get("mask"))
         written = Sidecar.read(Path(data["sidecar"])) if "sidecar" in data else None
-        matrix, similarity = self._matrix(voxels, affine, mask, written)
+        matrix, similarity = self._matrix(voxels, affine, mask, written, data.get("transform"))
         shape, grid = box_grid(self.options.spacing_mm)
         brain = resample(np.where(mask, voxels, 0), affine, matrix, grid, shape)
         share = resample(mask.astype(np.float32), affine, matrix, grid, shape)
@@ -129,13 +141,21 @@ class BrainToBoxd(MapTransform):
         return mask
 
     def _matrix(
-        self, voxels: np.ndarray, affine: np.ndarray, mask: np.ndarray, written: Sidecar | None
+        self,
+        voxels: np.ndarray,
+        affine: np.ndarray,
+        mask: np.ndarray,
+        written: Sidecar | None,
+        given: np.ndarray | None,
     ) -> tuple[np.ndarray, float]:
         if written:
             shape, grid = box_grid(written.steps["SpacingMm"])
             if shape != voxels.shape or not np.allclose(grid, affine, atol=1e-3):
                 raise VolumeError(Fault("VOL-SPACE", "the sidecar names the model's space, the grid is another"))
-            return np.eye(4), similarity_of(voxels, affine, mask, np.eye(4))
+        if written or self.options.align == "warped":
+            given = np.eye(4)
+        if given is not None:
+            return given, similarity_of(voxels, affine, mask, given)
         if self.options.align == "affine":
             alignment = align_affine(voxels, affine, mask)
             return alignment.matrix, alignment.similarity
@@ -189,6 +209,6 @@ def entry_seal(entry: Mapping[str, Any]) -> str:
 
 
 def make_chain(options: ChainOptions) -> Compose:
-    """Compose the deterministic chain for items {"image": path}, with "mask" and "sidecar" where there are such."""
+    """Compose the deterministic chain for items {"image": path}, with "mask", "sidecar", "transform" where they are."""
     load = LoadImaged(keys=["image", "mask"], reader=StrictReader, ensure_channel_first=True, allow_missing_keys=True)
-    return Compose([load, BrainToBoxd(options), ToCacheEntry()])
+    return Compose([ReadGiven(), load, BrainToBoxd(options), ToCacheEntry()])

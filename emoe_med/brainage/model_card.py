@@ -151,8 +151,8 @@ def _privacy(contract: Mapping[str, Any]) -> str:
     return (
         "No id, path or image of a person is in this bundle: the head under `selftest` is drawn. It holds SHA-256 "
         f"digests of {count} training and validation volumes, so that a scan that the model knows is told "
-        "(`in_training`), percentiles of figures of the training scans, and the lowest and highest training age. Weights may remember "
-        "training scans."
+        "(`in_training`), percentiles of figures of the training scans, and the lowest and highest training age. "
+        "Weights may remember training scans."
     )
 
 

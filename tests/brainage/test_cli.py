@@ -69,6 +69,8 @@ def test_help_is_quick_and_loads_nothing_heavy():
         "train",
         "predict",
         "preprocess",
+        "export",
+        "selftest",
         "evaluate",
         "check",
         "compare",

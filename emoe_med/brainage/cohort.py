@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from emoe_med.brainage.metrics import MIN_PERSONS
+from emoe_med.brainage.strata import decades, first_sessions, named
 from emoe_med.config import BrainAgeConfig
 from emoe_med.data.brain import ChainOptions
 from emoe_med.data.cache import HeadDataset, Reading
@@ -75,6 +77,20 @@ class Cohort:
                 "site": [scan.site for scan in scans],
             }
         )
+
+    def describe(self, indices: Sequence[int]) -> dict[str, dict[str, int | None]]:
+        """Count the persons of some scans by decade of age, sex and site, as a model card may show them.
+
+        Of groups of fewer than `MIN_PERSONS` the count is None.
+        """
+        scans = self.table().assign(age=[scan.age for scan in self.manifest.scans])
+        first = first_sessions(scans.iloc[list(indices)])
+        groups = {"age": decades(first["age"]), "sex": named(first["sex"]), "site": named(first["site"])}
+        counts = {key: names.value_counts().sort_index() for key, names in groups.items()}
+        return {
+            key: {str(name): int(n) if n >= MIN_PERSONS else None for name, n in found.items()}
+            for key, found in counts.items()
+        }
 
 
 def chain_options(config: BrainAgeConfig, manifest: Manifest) -> ChainOptions:

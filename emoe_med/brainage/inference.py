@@ -56,14 +56,24 @@ class TrainedModel:
         checkpoint = CheckpointFolder(run_dir).load(config.training.select)
         if checkpoint is None:
             raise CheckpointError(Fault("CKPT-NONE", "this run has no checkpoint", str(run_dir)))
-        contract = checkpoint.state["meta"]
+        return cls.of(config, checkpoint.state["meta"], checkpoint.model, checkpoint.folder)
+
+    @classmethod
+    def of(
+        cls, config: BrainAgeConfig, contract: dict[str, Any], weights: Mapping[str, Tensor], folder: Path
+    ) -> TrainedModel:
+        """Put weights and contract together; ``folder`` is where they lie.
+
+        Raises:
+            CheckpointError: Weights of another shape.
+        """
         net = BrainAgeNet(config.model, TrainingAges(**contract["training_ages"]))
-        load_model_weights(net, checkpoint.model, checkpoint.folder)
+        load_model_weights(net, weights, folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         net = net.eval().to(device).to(memory_format=torch.channels_last_3d)  # ty: ignore[no-matching-overload]
         spread = Spread.from_json(contract.get("fingerprint"))
         familiarity = Familiarity.from_json(contract.get("familiarity"))
-        return cls(net, config, contract, checkpoint.folder, spread, familiarity)
+        return cls(net, config, contract, folder, spread, familiarity)
 
     def chain(self) -> ChainOptions:
         """Return the chain that made the training volumes."""

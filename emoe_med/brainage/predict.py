@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import typer
 
+from emoe_med.brainage.bias import AgeBias
+from emoe_med.brainage.conformal import Interval
 from emoe_med.brainage.evaluate import saved_bias, saved_interval, with_correction
 from emoe_med.brainage.inference import TrainedModel, predict_scans
 from emoe_med.brainage.prepared import prepared_like
@@ -16,7 +20,8 @@ from emoe_med.data.contract import contract_digest
 from emoe_med.data.manifest import Scan, inspect_manifest
 from emoe_med.data.scan import identity_from_path, is_warped
 from emoe_med.data.tree import mask_beside, scans_in
-from emoe_med.errors import DataError, Fault
+from emoe_med.errors import EXIT_PARTIAL, DataError, Fault
+from emoe_med.training.cli import say
 from emoe_med.training.progress import counted
 from emoe_med.training.run_folder import replace_file
 
@@ -29,7 +34,27 @@ COLUMNS = [
 ]
 
 
-def predict(run_dir: Path, source: Path, output: Path, cache_dir: Path, data_root: Path | None = None) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Predictor:
+    """A trained model, and what its last evaluation says of its predictions."""
+
+    model: TrainedModel
+    bias: AgeBias | None
+    interval: Interval | None
+
+    @classmethod
+    def of_run(cls, run_dir: Path) -> Predictor:
+        """Take them from a run folder.
+
+        Raises:
+            CheckpointError: The run has no usable checkpoint.
+        """
+        return cls(TrainedModel.load(run_dir), saved_bias(run_dir), saved_interval(run_dir))
+
+
+def predict(
+    predictor: Predictor, source: Path, output: Path, cache_dir: Path, data_root: Path | None = None
+) -> pd.DataFrame:
     """Predict the age of every scan of a file, folder or manifest and write a CSV.
 
     The scans go through the chain of the training run. Where its scans were preprocessed, raw ones are so first, by the
@@ -43,11 +68,10 @@ def predict(run_dir: Path, source: Path, output: Path, cache_dir: Path, data_roo
     unknown. Ages are in years; the file names persons, because it is for the one who asked.
 
     Raises:
-        CheckpointError: The run has no usable checkpoint.
         DataError: There is no scan at all.
         StorageError: The output cannot be written.
     """
-    model = TrainedModel.load(run_dir)
+    model = predictor.model
     given, faults = _scans(source, data_root)
     chain = model.chain()
     if chain.mask == "head":
@@ -57,8 +81,8 @@ def predict(run_dir: Path, source: Path, output: Path, cache_dir: Path, data_roo
     scans, unusable = prepared_like(model.contract, given, cache_dir)
     heads = HeadDataset(scans, chain, cache_dir)
     found = predict_scans(model, heads, range(len(scans)), progress=counted("predicting"))
-    found = with_correction(found, saved_bias(run_dir))
-    if interval := saved_interval(run_dir):
+    found = with_correction(found, predictor.bias)
+    if interval := predictor.interval:
         found = found.assign(**interval.ends(found), level=interval.level)
     refused = [*faults, *unusable]
     found = pd.concat([found, _refused(refused)]) if refused else found
@@ -70,6 +94,14 @@ def predict(run_dir: Path, source: Path, output: Path, cache_dir: Path, data_roo
     output.parent.mkdir(parents=True, exist_ok=True)
     replace_file(output, table.to_csv(index=False, float_format="%.3f").encode())
     return table
+
+
+def finish(table: pd.DataFrame, output: Path) -> None:
+    """Print how many rows went how; where some were refused the verb ends with exit code 8."""
+    counts = table["status"].value_counts()
+    say(f"{output}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    if counts.get("refused", 0):
+        raise typer.Exit(EXIT_PARTIAL)
 
 
 def _scans(source: Path, data_root: Path | None) -> tuple[list[Scan], list[Fault]]:

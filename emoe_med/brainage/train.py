@@ -137,6 +137,7 @@ def _train_fold(
         "similarity": _similarity(cohort, where["train"]),
         "seen": sorted(cohort.readings[index].content for index in where["train"] + where["val"]),
         "seen_voxels": sorted(cohort.readings[index].voxels for index in where["train"] + where["val"]),
+        "persons": cohort.describe(where["train"]),
         "synthetic": synthetic,
     }
     task = BrainAgeTask(config, cohort.heads, where["train"], where["val"], digests, meta)

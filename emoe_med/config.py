@@ -114,6 +114,31 @@ class RoutedConfig(Section):
         )
 
 
+class GatingConfig(Section):
+    """Gates on the channels of convolutions, told by a shallow network (DeepMoE)."""
+
+    embedding: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (64, 128, 256, 512), min_length=1, description="channels of the shallow network's convolutions of stride 2"
+    )
+    sparsity: float = Field(1e-3, ge=0, description="weight of the gates' L1 norm, a mean over samples")
+    embedding_loss: float = Field(1.0, ge=0, description="weight of the loss of the shallow network's own answer")
+    held_share: float = Field(
+        0.2, ge=0, lt=1, description="last part of the epochs, in which gating stands still and both weights are 0"
+    )
+    skip: bool = Field(True, description="leave out channels that are off, where samples come one at a time")
+
+    def options(self) -> Any:
+        """Return the `DeepMoEOptions`."""
+        from emoe_med.models.deep_moe import DeepMoEOptions
+
+        known = DeepMoEOptions.__dataclass_fields__
+        return DeepMoEOptions(**{name: value for name, value in self if name in known})
+
+    def holds(self, epoch: int, epochs: int) -> bool:
+        """Whether gating stands still in an epoch, counted from 0."""
+        return epoch >= round(epochs * (1 - self.held_share))
+
+
 class MoEConfig(RoutedConfig):
     """The routed layer of SFCN."""
 

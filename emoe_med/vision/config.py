@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from emoe_med.config import KIND, RoutedConfig, Section, TrackingConfig, TrainingConfig
+from emoe_med.config import KIND, GatingConfig, RoutedConfig, Section, TrackingConfig, TrainingConfig
 
 Dataset = Literal["digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet"]
 ALWAYS_LEARN = ("head.", "fc.", ".moe.")  # parts of parameter names that no freezing holds
@@ -121,14 +121,21 @@ class ViTConfig(NetConfig):
         return ViTOptions(image_size=(self.image_size, self.image_size), in_channels=channels, **chosen)
 
 
+class BlockGatingConfig(GatingConfig):
+    """Gates in residual blocks."""
+
+    convolutions: Literal["inner", "all"] = Field("all", description="inner: those before the last one of a block")
+
+
 class ResNetConfig(NetConfig):
-    """A residual network; see `models.resnet.ResNetOptions`."""
+    """A residual network, see `models.resnet.ResNetOptions`; with gates on its channels it is a DeepMoE."""
 
     kind: Literal["resnet"] = "resnet"
     depth: Literal[18, 50] = 18
     stem: Literal["imagenet", "cifar"] = "imagenet"
     width: float = Field(1.0, gt=0, le=8, description="factor on all channels")
     inner: float = Field(1.0, gt=0, le=8, description="further factor on the channels inside a block")
+    gating: BlockGatingConfig | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -67,6 +67,10 @@ class SFCN(nn.Module):
         """Return the edge, in input voxels, of one voxel of the map after `block` (counted from 1)."""
         return self.options.stem * 2 ** min(block, self.options.pooled)
 
+    def routed_layers(self) -> dict[str, MoELayer]:
+        """Return the routed layer by the name that `ModelOutput.routing` uses."""
+        return {} if self.moe is None else {f"block{self.moe_after}": self.moe}
+
     def places(self) -> dict[str, Place]:
         """Return where the convolutions stand, for a net without a routed layer; see `gates.Place`."""
         names = [f"blocks.{number}" for number in range(len(self.blocks))]

@@ -41,11 +41,7 @@ def build_net(config: ViTConfig | ResNetConfig, channels: int, classes: int, sta
 
 
 def _vit(config: ViTConfig, channels: int, classes: int) -> ViT:
-    net = ViT(classes, config.options(channels))
-    if config.moe is not None:
-        layers = {block: config.moe.build(config.width) for block in config.moe.blocks}
-        net.insert(layers, config.moe.placement, config.moe.route_prefix)
-    return net
+    return config.build(classes, channels)
 
 
 def _resnet(config: ResNetConfig, channels: int, classes: int) -> ResNet | DeepMoE:

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from emoe_med.config import GatingConfig
 from emoe_med.data.image_augment import ImageAugmentOptions, augment, middle, normalised
 from emoe_med.data.images import ImageDataset
 from emoe_med.data.memory import Held
+from emoe_med.model_config import GatingConfig
 from emoe_med.models.deep_moe import DeepMoE
 from emoe_med.models.weights import ViTWeights
 from emoe_med.moe import RoutingStats

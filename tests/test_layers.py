@@ -10,11 +10,12 @@ LEVELS = {
     "moe": 1,
     "models": 2,
     "data": 2,
-    "config": 3,
-    "training": 4,
-    "brainage": 5,
-    "vision": 5,
-    "pipeline": 6,
+    "model_config": 3,
+    "config": 4,
+    "training": 5,
+    "brainage": 6,
+    "vision": 6,
+    "pipeline": 7,
 }
 OWNERS = {
     "mlflow": {"training/tracking.py"},

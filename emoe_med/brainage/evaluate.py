@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from emoe_med.brainage.strata import first_sessions
 from emoe_med.data.contract import contract_digest
 from emoe_med.data.manifest import Manifest
 from emoe_med.errors import DataError, Fault
+from emoe_med.models.deep_moe import DeepMoE
 from emoe_med.training.amend import amend
+from emoe_med.training.channel_report import describe_channels
 from emoe_med.training.progress import counted
 from emoe_med.training.routing_report import describe_routing
 from emoe_med.training.run_folder import replace_file
@@ -51,9 +54,11 @@ def evaluate_run(run_dir: Path, cohort: Cohort, splits: pd.DataFrame) -> dict[st
         for name in ("val", "test")
     }
     metrics = _score(tables, model)
+    bootstrap = Bootstrap(model.config.evaluation.bootstrap)
     if model.net.routed_layers():
-        bootstrap = Bootstrap(model.config.evaluation.bootstrap)
         metrics["routing"] = routing_report(model, cohort, where["test"], bootstrap)
+    if isinstance(model.net.net, DeepMoE):
+        metrics["channels"] = channel_report(model, model.net.net, cohort, where["test"], bootstrap)
     write_predictions(run_dir / "predictions", tables)
     write_metrics(run_dir, metrics)
     return metrics
@@ -236,12 +241,24 @@ def routing_report(model: TrainedModel, cohort: Cohort, indices: list[int], boot
     `mae_without_branch` and `mae_permuted_routing` are gains in error, in years, over the network as it is; all
     of it on the volume as it is, whatever the run averages over.
     """
+    return describe_routing(model.net.routed_layers(), *_judged(model, cohort, indices, bootstrap))
+
+
+def channel_report(
+    model: TrainedModel, net: DeepMoE, cohort: Cohort, indices: list[int], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """Tell which channels are on and what the choice is worth, on given scans; as `routing_report`."""
+    return describe_channels(net, *_judged(model, cohort, indices, bootstrap))
+
+
+def _judged(
+    model: TrainedModel, cohort: Cohort, indices: list[int], bootstrap: Bootstrap
+) -> tuple[Callable[[], np.ndarray], Callable[[np.ndarray, np.ndarray], dict[str, Any]], str]:
+    """Return how errors on given scans are made and compared, and the name of their mean."""
+    persons = cohort.table()["participant_id"].to_numpy()[indices]
 
     def errors() -> np.ndarray:
         found = predict_scans(model, cohort.heads, indices, average=False, own=True)
         return (found["predicted_age"] - found["age"]).abs().to_numpy()
 
-    persons = cohort.table()["participant_id"].to_numpy()[indices]
-    return describe_routing(
-        model.net.routed_layers(), errors, lambda *pair: paired_difference(*pair, persons, bootstrap), "mae"
-    )
+    return errors, lambda changed, intact: paired_difference(changed, intact, persons, bootstrap), "mae"

@@ -30,9 +30,9 @@ model:
   channels: [4, 8]
   pooled: 1
   neck: 8
-  head: soft_label
+  head: l1
   moe: {after_block: 1, num_experts: 3, router: {kind: eigen, rank: 3}, experts: {kind: mlp, hidden: 2}}
-training: {epochs: 25, batch_size: 4, lr: 1e-2, threads: 1, select: last}
+training: {epochs: 4, batch_size: 4, lr: 1e-2, threads: 1, select: last}
 evaluation: {bootstrap: 1000}
 tracking: {mlflow: false}
 """
@@ -46,7 +46,7 @@ def run(*arguments, code=0):
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
-    return write_cohort(tmp_path_factory.mktemp("cohort") / "synthetic", persons=24, seed=5, spacing_mm=8.0)
+    return write_cohort(tmp_path_factory.mktemp("cohort") / "synthetic", persons=21, seed=5, spacing_mm=8.0)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_monais_command_gives_what_predict_gives(bundle, trained, scans, tmp_pat
     ours, theirs = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("run", "bundle"))
     pd.testing.assert_frame_equal(ours, theirs, atol=0.01, rtol=0)
     assert {"ok", "check", "refused"} == set(ours["status"])
-    assert ours["predicted_age"].std() > 1
+    assert ours["predicted_age"].std() > 0.1  # ten times what may differ
     assert {"lower", "upper", "ood_score", "contract"} <= set(ours.dropna(axis=1, how="all").columns)
     assert ours["in_training"].any()
     assert ours["predicted_age"].isna().sum() == 1  # the real head has an age
@@ -186,7 +186,7 @@ def test_selftest_names_the_stage_that_differs(bundle, tmp_path):
 
     read = bundles.load_bundle(bundle)
     with torch.no_grad():
-        read.predictor.model.net.head.edges += 2.5  # this machine's network says 2.5 years more of anything
+        read.predictor.model.net.head.mean += 2.5  # this machine's network says 2.5 years more of anything
     stages = {stage.name: stage for stage in selftest(read)}
     assert stages["network"].difference == pytest.approx(2.5, abs=1e-3)
     assert {name for name, stage in stages.items() if not stage.same} >= {"network", "scan to age"}

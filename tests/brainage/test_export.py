@@ -46,7 +46,7 @@ def run(*arguments, code=0):
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
-    return write_cohort(tmp_path_factory.mktemp("cohort") / "synthetic", persons=21, seed=5, spacing_mm=8.0)
+    return write_cohort(tmp_path_factory.mktemp("cohort") / "synthetic", persons=24, seed=5, spacing_mm=8.0)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from emoe_med.brainage.model_card import INTENDED, MUST_COMPLETE, model_card
 from emoe_med.brainage.predict import Predictor
 from emoe_med.brainage.report import shared_metrics
 from emoe_med.brainage.selftest import draw_scan, measure, selftest
+from emoe_med.data.prepare import EXTRA, version
 from emoe_med.data.register import box_grid
 from emoe_med.errors import CheckpointError, ConfigError, DataError, Fault
 from emoe_med.training.checkpoint import serialise
@@ -34,6 +35,7 @@ from emoe_med.training.run_folder import environment, storage_error, write_synce
 from emoe_med.training.seal import file_entry, sealed
 
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
+REQUIRED = ("emoe-med", "nibabel", "nilearn", "safetensors")
 VERSION = "0.1.0"  # of the bundle; the author raises it in configs/metadata.json
 
 
@@ -159,9 +161,7 @@ def _metadata(predictor: Predictor, metrics: dict[str, Any], here: dict[str, Any
         "monai_version": versions["monai"],
         "pytorch_version": versions["torch"],
         "numpy_version": versions["numpy"],
-        "required_packages_version": {
-            name: versions[name] for name in ("emoe-med", "nibabel", "nilearn", "safetensors")
-        },
+        "required_packages_version": {name: versions[name] for name in REQUIRED} | _of_preprocessing(predictor),
         "name": config.name,
         "task": "Brain age from a T1-weighted head",
         "description": (
@@ -185,3 +185,9 @@ def _metadata(predictor: Predictor, metrics: dict[str, Any], here: dict[str, Any
         "references": [MUST_COMPLETE],
         "network_data_format": {"inputs": {"image": image}, "outputs": {"pred": age}},
     }
+
+
+def _of_preprocessing(predictor: Predictor) -> dict[str, str]:
+    """Return the versions of the packages without which raw heads cannot be prepared for this model."""
+    prepared = predictor.model.contract.get("strip", {}).get("prepared") or {}
+    return {name: version(name) for name in EXTRA} if prepared.get("Path") == "full" else {}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from emoe_med.moe import MoELayer
 
 MAX_CONFIG_BYTES = 1_000_000
+KIND = "kind="  # begins the tag of a union's member, which stands in no file and in no path of a key
 
 
 class Section(BaseModel):
@@ -291,7 +292,7 @@ def read_run(schema: type[Schema], path: Path, assignments: list[str] | None = N
     except ValidationError as error:
         faults = []
         for item in error.errors():
-            where = ".".join(map(str, item["loc"]))
+            where = ".".join(part for part in map(str, item["loc"]) if not part.startswith(KIND))
             faults.append(Fault("CFG-KEY", f"{where}: {item['msg']}", str(path)))
         raise ConfigError(*faults) from error
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from emoe_med.config import RoutedConfig, Section, TrackingConfig, TrainingConfig
+from emoe_med.config import KIND, RoutedConfig, Section, TrackingConfig, TrainingConfig
 
 Dataset = Literal["digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet"]
-ALWAYS_LEARN = ("head.", ".moe.")  # parts of parameter names that no freezing holds
+ALWAYS_LEARN = ("head.", "fc.", ".moe.")  # parts of parameter names that no freezing holds
 
 
 class ImageDataConfig(Section):
@@ -54,20 +54,26 @@ class BlockMoEConfig(RoutedConfig):
     route_prefix: bool = Field(False, description="send class token and registers through the layer too (V-MoE)")
 
 
-class ViTConfig(Section):
+class NetConfig(Section):
+    """What every network has."""
+
+    image_size: int = Field(224, ge=1)
+    weights: str | None = Field(None, description="file written by import-weights, to start from")
+    freeze: tuple[str, ...] = Field((), description="parameter-name prefixes to hold; head and routed layers learn")
+
+
+class ViTConfig(NetConfig):
     """A vision transformer, its routed layers, and where its weights come from."""
 
+    kind: Literal["vit"] = "vit"
     size: Literal["Ti", "S", "B", "L", "H"] | None = Field(None, description="or give width, depth and heads")
     width: int = Field(ge=1)
     depth: int = Field(ge=1)
     heads: int = Field(ge=1)
-    image_size: int = Field(224, ge=1)
     patch_size: int = Field(16, ge=1)
     class_token: bool = True
     registers: int = Field(0, ge=0)
     pool: Literal["token", "mean"] = "token"
-    weights: str | None = Field(None, description="file written by import-weights, to start from")
-    freeze: tuple[str, ...] = Field((), description="parameter-name prefixes to hold; head and routed layers learn")
     moe: BlockMoEConfig | None = None
 
     @model_validator(mode="before")
@@ -115,6 +121,38 @@ class ViTConfig(Section):
         return ViTOptions(image_size=(self.image_size, self.image_size), in_channels=channels, **chosen)
 
 
+class ResNetConfig(NetConfig):
+    """A residual network; see `models.resnet.ResNetOptions`."""
+
+    kind: Literal["resnet"] = "resnet"
+    depth: Literal[18, 50] = 18
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    width: float = Field(1.0, gt=0, le=8, description="factor on all channels")
+    inner: float = Field(1.0, gt=0, le=8, description="further factor on the channels inside a block")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        self.options(3)
+        return self
+
+    def options(self, channels: int) -> Any:
+        """Return the `ResNetOptions` for images [C, H, W]."""
+        from emoe_med.models.resnet import ResNetOptions
+
+        return ResNetOptions(self.depth, channels, self.stem, self.width, self.inner)
+
+
+def _kind(values: Any) -> str:
+    kind = values.get("kind", "vit") if isinstance(values, dict) else getattr(values, "kind", "vit")
+    return f"{KIND}{kind}"
+
+
+AnyNetConfig = Annotated[
+    Annotated[ViTConfig, Tag(f"{KIND}vit")] | Annotated[ResNetConfig, Tag(f"{KIND}resnet")],
+    Discriminator(_kind, custom_error_type="kind", custom_error_message="kind is not one of vit, resnet"),
+]
+
+
 class VisionEvaluationConfig(Section):
     """How predictions are scored."""
 
@@ -129,7 +167,7 @@ class VisionConfig(Section):
     data: ImageDataConfig
     augment: ImageAugmentConfig = ImageAugmentConfig()
     loss: LossConfig = LossConfig()
-    model: ViTConfig
+    model: AnyNetConfig
     training: TrainingConfig
     evaluation: VisionEvaluationConfig = VisionEvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -20,7 +20,6 @@ from emoe_med.data.images import ImageDataset, list_images
 from emoe_med.data.memory import Held
 from emoe_med.errors import CheckpointError, DataError, Fault
 from emoe_med.models.output import ModelOutput
-from emoe_med.models.vit import ViT
 from emoe_med.training.checkpoint import CheckpointFolder, load_model_weights
 from emoe_med.training.journal import read_journal
 from emoe_med.training.loader import make_loader, read_batches
@@ -29,7 +28,7 @@ from emoe_med.training.run_folder import replace_file
 from emoe_med.training.task import MapDataset
 from emoe_med.vision.config import VisionConfig
 from emoe_med.vision.metrics import accuracy, mean_estimate
-from emoe_med.vision.net import build_net
+from emoe_med.vision.net import Net, build_net
 from emoe_med.vision.run import load_vision
 from emoe_med.vision.task import rank_of_label, seen_image
 
@@ -38,7 +37,7 @@ from emoe_med.vision.task import rank_of_label, seen_image
 class TrainedClassifier:
     """A network with its configuration and what its images must be like: `classes`, `channels`, `mean`, `std`."""
 
-    net: ViT
+    net: Net
     config: VisionConfig
     meta: dict[str, Any]
 
@@ -67,21 +66,26 @@ class TrainedClassifier:
                 yield batch, self.net(image)
 
     @torch.no_grad()
-    def tokens(self, data: MapDataset) -> Iterator[Tensor]:
-        """Yield the tokens [B, P + T, D] behind the last norm, in the run's precision."""
+    def features(self, data: MapDataset) -> Iterator[dict[str, Tensor]]:
+        """Yield what the head could see of each batch [B, F] by kind, in the run's precision."""
         for _, image in self._batches(data):
             with self._autocast():
-                yield self.net.features(image)[0]
+                yield self.net.probed(image)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.net.parameters()).device
 
     def _batches(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], Tensor]]:
         options = self.config.training
         for batch in read_batches(make_loader(data, options.batch_size, options.workers)):
-            pixels = batch["image"].to(self.net.head.weight.device)
+            pixels = batch["image"].to(self.device)
             yield batch, seen_image(pixels, self.config.model.image_size, self.meta)
 
     def _autocast(self) -> torch.autocast:
         low = self.config.training.precision == "bf16"
-        return torch.autocast(self.net.head.weight.device.type, torch.bfloat16, enabled=low)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
 
 
 def predict(model: TrainedClassifier, data: MapDataset) -> pd.DataFrame:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import stats
 from torch.utils.data import Subset
 
@@ -101,17 +100,13 @@ def supports(labels: np.ndarray, shot: int, draw: int) -> tuple[np.ndarray, np.n
     return np.concatenate(support), np.concatenate(held)
 
 
-@torch.no_grad()
 def features(model: TrainedClassifier, data: MapDataset) -> dict[str, np.ndarray]:
-    """Return what the head could see of each image [n, d]: the class token, where there is one, and the patch mean."""
-    prefix, parts = model.net.options.prefix, {"mean": []}
-    if model.net.options.class_token:
-        parts["token"] = []
-    for tokens in model.tokens(data):
-        parts["mean"].append(tokens[:, prefix:].mean(1).double().cpu().numpy())
-        if "token" in parts:
-            parts["token"].append(tokens[:, 0].double().cpu().numpy())
-    return {name: np.concatenate(found) for name, found in parts.items()}
+    """Return what the head could see of each image [n, d]: a transformer's class token, and the mean over places."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for batch in model.features(data):
+        for kind, found in batch.items():
+            parts.setdefault(kind, []).append(found.double().cpu().numpy())
+    return {kind: np.concatenate(found) for kind, found in parts.items()}
 
 
 class Ridge:

@@ -13,12 +13,11 @@ from torch.utils.data import Subset
 from emoe_med.data.image_augment import ImageAugmentOptions, augment, middle, normalised
 from emoe_med.data.images import ImageDataset
 from emoe_med.data.memory import Held
-from emoe_med.models.vit import ViT
 from emoe_med.models.weights import ViTWeights
 from emoe_med.moe import RoutingStats
 from emoe_med.training.task import MapDataset
 from emoe_med.vision.config import VisionConfig
-from emoe_med.vision.net import build_net
+from emoe_med.vision.net import Net, build_net
 
 ROUTER_FIGURES = ("cv", "entropy", "margin", "dead", "dropped")
 
@@ -56,7 +55,7 @@ class VisionTask:
         self.meta = dict(meta)
         self.augment = ImageAugmentOptions(**config.augment.model_dump())
 
-    def build_model(self) -> ViT:
+    def build_model(self) -> Net:
         """Build the network; weights follow from torch's seed."""
         return build_net(self.config.model, self.meta["channels"], len(self.meta["classes"]), self.start)
 
@@ -84,7 +83,7 @@ class VisionTask:
         task = (batch["share"] * own + (1 - batch["share"]) * other).mean()
         return task + out.aux_loss, {"task": task.detach(), "aux": out.aux_loss.detach()}
 
-    def validate(self, model: ViT, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    def validate(self, model: Net, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """Return accuracy in percent, loss, and routing statistics by layer, over the validation images."""
         ranks, losses, stats = [], [], {}
         for batch in batches:
@@ -102,7 +101,7 @@ class VisionTask:
             metrics |= {f"router/{name}/{key}": summary[key] for key in ROUTER_FIGURES}
         return metrics
 
-    def end_of_epoch(self, model: ViT) -> dict[str, float]:
+    def end_of_epoch(self, model: Net) -> dict[str, float]:
         """Return what the routed layers tell of themselves: scale of the branch, health of the basis."""
         metrics = {}
         for name, layer in model.routed_layers().items():

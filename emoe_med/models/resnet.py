@@ -1,0 +1,150 @@
+"""ResNet-18 and -50 for images, narrow or wide, whose channels may be gated for each image.
+
+Parameters have torchvision's names, so that published weights load by name. MONAI's ResNet is not used: its blocks
+take neither a width of their own nor gates. Source: He et al. 2016, arXiv 1512.03385.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from emoe_med.models.gates import UNGATED, gated
+from emoe_med.models.output import ModelOutput
+from emoe_med.moe import MoELayer
+
+# blocks of each stage, and whether they are bottlenecks
+DEPTHS = {18: ((2, 2, 2, 2), False), 50: ((3, 4, 6, 3), True)}
+WIDTHS = (64, 128, 256, 512)  # of the stages; a bottleneck puts out four times as many channels
+
+
+@dataclass(frozen=True)
+class ResNetOptions:
+    """Options of `ResNet`; the defaults are ResNet-18 for ImageNet.
+
+    Attributes:
+        depth: 18 or 50.
+        in_channels: C.
+        stem: `imagenet`: 7 x 7, stride 2, and a max-pool of stride 2; `cifar`: 3 x 3, for images of about 32 pixels.
+        width: factor on all channels.
+        inner: further factor on the channels inside a block, between its convolutions; 2 at depth 50 is torchvision's
+            wide_resnet50_2.
+    """
+
+    depth: Literal[18, 50] = 18
+    in_channels: int = 3
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    width: float = 1.0
+    inner: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.width * self.inner) * WIDTHS[0] < 1:
+            raise ValueError(f"width {self.width} and inner {self.inner} leave no channel")
+
+
+class ResNet(nn.Module):
+    """Stem -> four stages of residual blocks -> mean -> linear.
+
+    A stage is named `layer1` to `layer4`; `until` and `beyond` cut the net behind any of them.
+    """
+
+    def __init__(self, outputs: int, options: ResNetOptions) -> None:
+        super().__init__()
+        self.options = options
+        blocks, bottleneck = DEPTHS[options.depth]
+        widths = [round(options.width * width) for width in WIDTHS]
+        small = options.stem == "cifar"
+        self.conv1 = _convolution(options.in_channels, widths[0], 3 if small else 7, 1 if small else 2)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
+        before = widths[0]
+        for stage, (count, width) in enumerate(zip(blocks, widths, strict=True), start=1):
+            inner, after = round(width * options.inner), width * (4 if bottleneck else 1)
+            layer = nn.Sequential()
+            for number in range(count):
+                stride = 2 if stage > 1 and number == 0 else 1
+                layer.append(ResidualBlock(f"layer{stage}.{number}", before, inner, after, stride, bottleneck))
+                before = after
+            self.add_module(f"layer{stage}", layer)
+        self.fc = nn.Linear(before, outputs)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def stages(self) -> list[nn.Sequential]:
+        """The four stages, in order."""
+        return [self.get_submodule(f"layer{stage}") for stage in range(1, 5)]  # ty: ignore[invalid-explicit-return]
+
+    def forward(self, image: Tensor, gates: Mapping[str, Tensor] = UNGATED) -> ModelOutput:
+        """Map images [B, C, H, W] to logits [B, O].
+
+        Args:
+            image: Normalised pixels.
+            gates: [B, channels] by name of the convolution (`conv1`, `layer1.0.conv2`), on its normalised output.
+        """
+        features = self.beyond(self.until(image, 4, gates), 4, gates)
+        return ModelOutput(self.fc(features), features.new_zeros(()), {}, {})
+
+    def until(self, image: Tensor, stages: int, gates: Mapping[str, Tensor] = UNGATED) -> Tensor:
+        """Return the feature map [B, C', H', W'] behind the first so many stages; 0 is the stem alone."""
+        x = self.maxpool(F.relu(gated(self.bn1(self.conv1(image)), gates.get("conv1"))))
+        return _through(self.stages[:stages], x, gates)
+
+    def beyond(self, x: Tensor, stages: int, gates: Mapping[str, Tensor] = UNGATED) -> Tensor:
+        """Return the pooled features [B, F] of a map behind so many stages: what `fc` sees."""
+        return _through(self.stages[stages:], x, gates).mean(dim=(2, 3))
+
+    def probed(self, image: Tensor) -> dict[str, Tensor]:
+        """Return what a head could see of images [B, F]: the pooled features."""
+        return {"mean": self.beyond(self.until(image, 4), 4)}
+
+    def routed_layers(self) -> dict[str, MoELayer]:
+        """Return none: a convolution routes no tokens."""
+        return {}
+
+
+class ResidualBlock(nn.Module):
+    """x + conv-norm-ReLU-conv-norm, then ReLU; a bottleneck has a 1 x 1 convolution on either side of its 3 x 3.
+
+    The stride is in the first 3 x 3 convolution, as torchvision has it.
+    """
+
+    def __init__(self, name: str, before: int, inner: int, after: int, stride: int, bottleneck: bool) -> None:
+        super().__init__()
+        self.name = name
+        kernels = (1, 3, 1) if bottleneck else (3, 3)
+        self.convolutions = [f"conv{number}" for number in range(1, len(kernels) + 1)]
+        widths = [before, *[inner] * (len(kernels) - 1), after]
+        for number, ((a, b), kernel) in enumerate(zip(pairwise(widths), kernels, strict=True), start=1):
+            here = stride if number == kernels.index(3) + 1 else 1
+            self.add_module(f"conv{number}", _convolution(a, b, kernel, here))
+            self.add_module(f"bn{number}", nn.BatchNorm2d(b))
+        self.downsample: nn.Sequential | None = None
+        if stride > 1 or before != after:
+            self.downsample = nn.Sequential(_convolution(before, after, 1, stride), nn.BatchNorm2d(after))
+
+    def forward(self, x: Tensor, gates: Mapping[str, Tensor] = UNGATED) -> Tensor:
+        """Map feature maps [B, C, H, W]."""
+        y = x
+        for number, name in enumerate(self.convolutions, start=1):
+            y = F.relu(y) if number > 1 else y
+            y = self.get_submodule(f"bn{number}")(self.get_submodule(name)(y))
+            y = gated(y, gates.get(f"{self.name}.{name}"))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+def _convolution(before: int, after: int, kernel: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(before, after, kernel, stride=stride, padding=kernel // 2, bias=False)
+
+
+def _through(stages: list[nn.Sequential], x: Tensor, gates: Mapping[str, Tensor]) -> Tensor:
+    for stage in stages:
+        for block in stage:
+            x = block(x, gates)
+    return x

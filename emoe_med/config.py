@@ -120,8 +120,33 @@ class MoEConfig(RoutedConfig):
     after_block: int = Field(ge=1)
 
 
+class SingleGatedConfig(Section):
+    """A gate on a frozen network and experts for its clusters; `training.epochs` are shared with the network itself."""
+
+    num_experts: int = Field(4, ge=1)
+    stages: int = Field(ge=0, description="blocks or stages that all experts share; each has its own copy of the rest")
+    gate_epochs: int = Field(1, ge=1, description="of training.epochs")
+    expert_epochs: int = Field(ge=1, description="of training.epochs; over all experts one epoch sees each sample once")
+    expert_lr_share: float = Field(0.3, gt=0, le=1, description="of training.lr: experts start as trained copies")
+    noise: float = Field(0.1, ge=0, le=1, description="share of the samples that train an expert drawn at random")
+    tau: float | None = Field(
+        None, ge=0, le=1, description="confidence at which the network answers alone; None: never, one expert each"
+    )
+
+    def base_epochs(self, training: TrainingConfig) -> int:
+        """Return the epochs that are left for the network itself.
+
+        Raises:
+            ValueError: None is left.
+        """
+        left = training.epochs - self.gate_epochs - self.expert_epochs
+        if left < 1:
+            raise ValueError(f"training.epochs {training.epochs}: gate and experts leave none for the network itself")
+        return left
+
+
 class ModelConfig(Section):
-    """SFCN, plain or with one routed layer."""
+    """SFCN, plain, with one routed layer, or as the base of a single-gated mixture."""
 
     channels: tuple[Annotated[int, Field(ge=1)], ...] = (32, 64, 128, 256, 256)
     pooled: int = Field(5, ge=0, description="how many blocks halve the map")
@@ -130,11 +155,19 @@ class ModelConfig(Section):
     dropout: float = Field(0.5, ge=0, lt=1)
     head: Literal["soft_label", "l1"] = "soft_label"
     moe: MoEConfig | None = None
+    single_gated: SingleGatedConfig | None = None
 
     @model_validator(mode="after")
     def _layer_in_net(self) -> ModelConfig:
         if self.moe is not None and self.moe.after_block > len(self.channels):
             raise ValueError(f"moe.after_block {self.moe.after_block}: the net has {len(self.channels)} blocks")
+        gated = self.single_gated
+        if gated is not None and self.moe is not None:
+            raise ValueError("single_gated and moe: one of them")
+        if gated is not None and gated.stages > len(self.channels):
+            raise ValueError(f"single_gated.stages {gated.stages}: the net has {len(self.channels)} blocks")
+        if gated is not None and gated.tau is not None and self.head == "l1":
+            raise ValueError("single_gated.tau needs head: soft_label; one number does not tell how sure it is")
         return self
 
 
@@ -190,6 +223,12 @@ class BrainAgeConfig(Section):
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _epochs_suffice(self) -> Self:
+        if self.model.single_gated is not None:
+            self.model.single_gated.base_epochs(self.training)
+        return self
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -196,7 +196,8 @@ def _reason(error: VolumeError) -> str:
 def pooled_features(net: BrainAgeNet):
     """Collect the features [B, F] before the last layer of every forward pass."""
     seen: list[Tensor] = []
-    handle = net.net.dropout.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(1).float()))
+    dropout = net.backbone.dropout
+    handle = dropout.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(1).float()))
     try:
         yield seen
     finally:

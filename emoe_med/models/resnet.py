@@ -7,6 +7,7 @@ take neither a width of their own nor gates. Source: He et al. 2016, arXiv 1512.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -89,7 +90,12 @@ class ResNet(nn.Module):
             gates: [B, channels] by name of the convolution (`conv1`, `layer1.0.conv2`), on its normalised output.
         """
         features = self.beyond(self.until(image, 4, gates), 4, gates)
-        return ModelOutput(self.fc(features), features.new_zeros(()), {}, {})
+        return ModelOutput(self.answer(features), features.new_zeros(()), {}, {})
+
+    @property
+    def num_features(self) -> int:
+        """Pooled features that an answer is read from."""
+        return self.fc.in_features
 
     def until(self, image: Tensor, stages: int, gates: Mapping[str, Tensor] = UNGATED) -> Tensor:
         """Return the feature map [B, C', H', W'] behind the first so many stages; 0 is the stem alone."""
@@ -99,6 +105,17 @@ class ResNet(nn.Module):
     def beyond(self, x: Tensor, stages: int, gates: Mapping[str, Tensor] = UNGATED) -> Tensor:
         """Return the pooled features [B, F] of a map behind so many stages: what `fc` sees."""
         return _through(self.stages[stages:], x, gates).mean(dim=(2, 3))
+
+    def answer(self, features: Tensor) -> Tensor:
+        """Map pooled features [B, F] to logits [B, O]."""
+        return self.fc(features)
+
+    def tail(self, stages: int) -> ResNet:
+        """Return a copy of what stands behind so many stages, for `beyond` and `answer` alone."""
+        copy = deepcopy(self)
+        for name in ("conv1", "bn1", *(f"layer{stage}" for stage in range(1, 1 + stages))):
+            copy.set_submodule(name, nn.Sequential())
+        return copy
 
     def probed(self, image: Tensor) -> dict[str, Tensor]:
         """Return what a head could see of images [B, F]: the pooled features."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from emoe_med.config import KIND, RoutedConfig, Section, TrackingConfig, TrainingConfig
+from emoe_med.config import KIND, RoutedConfig, Section, SingleGatedConfig, TrackingConfig, TrainingConfig
 
 Dataset = Literal["digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet"]
 ALWAYS_LEARN = ("head.", "fc.", ".moe.")  # parts of parameter names that no freezing holds
@@ -129,10 +129,13 @@ class ResNetConfig(NetConfig):
     stem: Literal["imagenet", "cifar"] = "imagenet"
     width: float = Field(1.0, gt=0, le=8, description="factor on all channels")
     inner: float = Field(1.0, gt=0, le=8, description="further factor on the channels inside a block")
+    single_gated: SingleGatedConfig | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         self.options(3)
+        if self.single_gated is not None and self.single_gated.stages > 4:
+            raise ValueError(f"single_gated.stages {self.single_gated.stages}: the net has 4")
         return self
 
     def options(self, channels: int) -> Any:
@@ -176,6 +179,8 @@ class VisionConfig(Section):
     def _large_enough(self) -> Self:
         if self.data.resize < self.model.image_size:
             raise ValueError(f"data.resize {self.data.resize} is below model.image_size {self.model.image_size}")
+        if isinstance(self.model, ResNetConfig) and self.model.single_gated is not None:
+            self.model.single_gated.base_epochs(self.training)
         if (self.data.mean is None) != (self.data.std is None):
             raise ValueError("data.mean and data.std go together")
         return self

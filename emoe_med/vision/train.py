@@ -28,6 +28,7 @@ from emoe_med.training.arm import (
 )
 from emoe_med.training.loop import fit
 from emoe_med.training.run_folder import replace_file
+from emoe_med.training.single_gated import fit_single_gated
 from emoe_med.vision.config import VisionConfig
 from emoe_med.vision.evaluate import evaluate_run
 from emoe_med.vision.task import VisionTask
@@ -110,7 +111,11 @@ def _train_seed(
         replace_file(run_dir / "splits.csv", _splits(len(data), *parts).to_csv(index=False).encode())
         tracker.params(flat(config.model_dump(mode="json")))
         tracker.tags({"arm": config.name, "seed": config.training.seed, "dataset": config.data.dataset})
-        result = fit(task, config.training, run_dir, tracker, resume)
+        gated = getattr(config.model, "single_gated", None)
+        if gated is None:
+            result = fit(task, config.training, run_dir, tracker, resume)
+        else:
+            result = fit_single_gated(task, config.training, gated, run_dir, tracker, resume)
         metrics = evaluate_run(run_dir, data, test, parts[1])
         tracker.metrics(result.step, headline(metrics))
         tracker.log_artifact(run_dir / "metrics.json", "metrics")

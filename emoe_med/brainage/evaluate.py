@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch.utils.data import Subset
 
 from emoe_med.brainage.bias import AgeBias, Method, fit_age_bias
 from emoe_med.brainage.cohort import Cohort, prepare_cohort
@@ -20,7 +21,9 @@ from emoe_med.brainage.strata import first_sessions
 from emoe_med.data.contract import contract_digest
 from emoe_med.data.manifest import Manifest
 from emoe_med.errors import DataError, Fault
+from emoe_med.models.single_gated import SingleGated
 from emoe_med.training.amend import amend
+from emoe_med.training.gate_report import describe_gate
 from emoe_med.training.progress import counted
 from emoe_med.training.routing_report import describe_routing
 from emoe_med.training.run_folder import replace_file
@@ -49,8 +52,10 @@ def evaluate_run(run_dir: Path, cohort: Cohort, splits: pd.DataFrame) -> dict[st
         for name in ("val", "test")
     }
     metrics = _score(tables, model)
-    if model.net.routed_layers():
-        bootstrap = Bootstrap(model.config.evaluation.bootstrap)
+    bootstrap = Bootstrap(model.config.evaluation.bootstrap)
+    if isinstance(model.net.net, SingleGated):
+        metrics |= gate_report(model, cohort, where["test"], bootstrap)
+    elif model.net.routed_layers():
         metrics["routing"] = routing_report(model, cohort, where["test"], bootstrap)
     write_predictions(run_dir / "predictions", tables)
     write_metrics(run_dir, metrics)
@@ -100,8 +105,7 @@ def score_again(run_dir: Path, method: Method = "beheshti") -> dict[str, Any]:
         raise DataError(Fault("RUN-METRICS", "this run was not evaluated to its end", str(path), hint=hint))
     metrics = _score(tables, model, method)
     before = json.loads(path.read_text())
-    if "routing" in before:
-        metrics["routing"] = before["routing"]
+    metrics |= {name: before[name] for name in ("routing", "early_exit") if name in before}
     write_predictions(run_dir / "predictions", tables)
     write_metrics(run_dir, metrics)
     write_reports(run_dir)
@@ -235,3 +239,26 @@ def routing_report(model: TrainedModel, cohort: Cohort, indices: list[int], boot
     return describe_routing(
         model.net.routed_layers(), errors, lambda *pair: paired_difference(*pair, persons, bootstrap), "mae"
     )
+
+
+def gate_report(model: TrainedModel, cohort: Cohort, indices: list[int], bootstrap: Bootstrap) -> dict[str, Any]:
+    """Tell what gate, experts and early exit of a single-gated mixture are worth, on given scans.
+
+    Errors are in years, on the volume as it is, whatever the run averages over; so is the curve of `early_exit`.
+    """
+    persons = cohort.table()["participant_id"].to_numpy()[indices]
+    counts = list(bootstrap.counts(persons))
+
+    def score(errors: np.ndarray) -> dict[str, Any]:
+        drawn = np.concatenate([part @ errors / part.sum(1) for part in counts])
+        return bootstrap.estimate(float(errors.mean()), drawn, len(np.unique(persons)))
+
+    routing, early_exit = describe_gate(
+        model.net.net,
+        model.inputs(Subset(cohort.heads, indices)),
+        error=lambda output, batch: (model.net.head.predict(output).cpu() - batch["age"]).abs(),
+        compare=lambda *pair: paired_difference(*pair, persons, bootstrap),
+        score=score,
+        metric="mae",
+    )
+    return {"routing": {"gate": routing}, "early_exit": early_exit}

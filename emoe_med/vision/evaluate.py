@@ -20,7 +20,9 @@ from emoe_med.data.images import ImageDataset, list_images
 from emoe_med.data.memory import Held
 from emoe_med.errors import CheckpointError, DataError, Fault
 from emoe_med.models.output import ModelOutput
+from emoe_med.models.single_gated import SingleGated
 from emoe_med.training.checkpoint import CheckpointFolder, load_model_weights
+from emoe_med.training.gate_report import describe_gate
 from emoe_med.training.journal import read_journal
 from emoe_med.training.loader import make_loader, read_batches
 from emoe_med.training.routing_report import describe_routing
@@ -61,14 +63,14 @@ class TrainedClassifier:
     @torch.no_grad()
     def outputs(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], ModelOutput]]:
         """Yield the collated batches of a data set with the network's output, in the run's precision."""
-        for batch, image in self._batches(data):
+        for batch, image in self.inputs(data):
             with self._autocast():
                 yield batch, self.net(image)
 
     @torch.no_grad()
     def features(self, data: MapDataset) -> Iterator[dict[str, Tensor]]:
         """Yield what the head could see of each batch [B, F] by kind, in the run's precision."""
-        for _, image in self._batches(data):
+        for _, image in self.inputs(data):
             with self._autocast():
                 yield self.net.probed(image)
 
@@ -77,7 +79,8 @@ class TrainedClassifier:
         """Where the network is."""
         return next(self.net.parameters()).device
 
-    def _batches(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    def inputs(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Yield the collated batches of a data set with the images that the network sees."""
         options = self.config.training
         for batch in read_batches(make_loader(data, options.batch_size, options.workers)):
             pixels = batch["image"].to(self.device)
@@ -125,7 +128,9 @@ def evaluate_run(run_dir: Path, train: ImageDataset, test: ImageDataset, val: np
     write_predictions(run_dir / "predictions", tables)
     metrics: dict[str, Any] = _scores(tables, model.config)
     metrics["images_per_second"] = {"training": _training_speed(run_dir), "test": len(test) / max(seconds, 1e-9)}
-    if model.net.routed_layers():
+    if isinstance(model.net, SingleGated):
+        metrics |= gate_report(model, model.net, test)
+    elif model.net.routed_layers():
         metrics["routing"] = routing_report(model, test)
     write_metrics(run_dir, metrics)
     return metrics
@@ -160,6 +165,28 @@ def routing_report(model: TrainedClassifier, test: ImageDataset) -> dict[str, An
         lambda changed, intact: mean_estimate(changed - intact, evaluation.bootstrap),
         "error",
     )
+
+
+def gate_report(model: TrainedClassifier, whole: SingleGated, test: MapDataset) -> dict[str, Any]:
+    """Tell what gate, experts and early exit of a single-gated mixture are worth, on all test images.
+
+    Errors are in percent of the images; the curve of `early_exit` has top-1 accuracy in percent.
+    """
+    draws = model.config.evaluation.bootstrap
+
+    def error(output: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        return 100.0 * (rank_of_label(output, batch["label"].to(output.device)) > 0)
+
+    routing, early_exit = describe_gate(
+        whole,
+        model.inputs(test),
+        error,
+        compare=lambda changed, intact: mean_estimate(changed - intact, draws),
+        score=lambda errors: mean_estimate(100 - errors, draws),
+        metric="error",
+        label="label",
+    )
+    return {"routing": {"gate": routing}, "early_exit": early_exit}
 
 
 def score_again(run_dir: Path) -> dict[str, Any]:

@@ -15,13 +15,14 @@ from scipy.stats import entropy
 
 from emoe_med.data.images import ImageDataset, list_images
 from emoe_med.errors import ConfigError, DataError, Fault
+from emoe_med.models.single_gated import SingleGated
 from emoe_med.training.run_folder import replace_file
 from emoe_med.training.task import MapDataset
 from emoe_med.vision.evaluate import TrainedClassifier
 
 
 def heatmap(run_dir: Path, root: Path | None) -> tuple[dict[str, Any], Path]:
-    """Count patches by expert and class on the test images, and write `expert_maps/` of the run.
+    """Count patches (of a single-gated mixture, images) by expert and class on test images, and write `expert_maps/`.
 
     `expert_class.csv` (layer, expert, class, mean patches of an image, p(expert | class)), `expert_class.json`
     (NMI of expert and class, entropy of p(expert | class) over ln E, CV of the load) and a picture of each layer.
@@ -32,7 +33,7 @@ def heatmap(run_dir: Path, root: Path | None) -> tuple[dict[str, Any], Path]:
         DataError: The images cannot be read, or have other classes.
     """
     model = TrainedClassifier.load(run_dir)
-    if not model.net.routed_layers():
+    if not model.net.routed_layers() and not isinstance(model.net, SingleGated):
         raise ConfigError(Fault("HEAT-NONE", "this run has no routed layer", str(run_dir)))
     listing = list_images(model.config.data.dataset, root)
     if list(listing.classes) != model.meta["classes"]:

@@ -244,9 +244,12 @@ def routing_report(model: TrainedModel, cohort: Cohort, indices: list[int], boot
 def gate_report(model: TrainedModel, cohort: Cohort, indices: list[int], bootstrap: Bootstrap) -> dict[str, Any]:
     """Tell what gate, experts and early exit of a single-gated mixture are worth, on given scans.
 
-    Errors are in years, on the volume as it is, whatever the run averages over; so is the curve of `early_exit`.
+    Errors are in years, of one scan a person, on the volume as it is, whatever the run averages over; `early_exit` has
+    its curve in years, too.
     """
-    persons = cohort.table()["participant_id"].to_numpy()[indices]
+    table = cohort.table().assign(age=[scan.age for scan in cohort.manifest.scans])
+    first = first_sessions(table.iloc[indices])
+    persons = first["participant_id"].to_numpy()
     counts = list(bootstrap.counts(persons))
 
     def score(errors: np.ndarray) -> dict[str, Any]:
@@ -255,7 +258,7 @@ def gate_report(model: TrainedModel, cohort: Cohort, indices: list[int], bootstr
 
     routing, early_exit = describe_gate(
         model.net.net,
-        model.inputs(Subset(cohort.heads, indices)),
+        model.inputs(Subset(cohort.heads, first.index.tolist())),
         error=lambda output, batch: (model.net.head.predict(output).cpu() - batch["age"]).abs(),
         compare=lambda *pair: paired_difference(*pair, persons, bootstrap),
         score=score,

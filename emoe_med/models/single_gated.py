@@ -177,7 +177,6 @@ class SingleGated(nn.Module):
         self.gate = ClusterGate(base.num_features, num_experts)
         self.experts = nn.ModuleList(base.tail(stages) for _ in range(num_experts))
         self._ensembler = (ensembler,)  # in a tuple, so that a head which joins is registered once, by its owner
-        self.requires_grad_(False)  # it learns in phases, part by part
 
     @property
     def ensembler(self) -> Ensembler:

@@ -1,12 +1,11 @@
-"""ResNet-18 and -50 for images, narrow or wide, whose channels may be gated for each image.
+"""ResNet-18 and -50 for images, narrow or wide, with stages that other networks may cut at.
 
 Parameters have torchvision's names, so that published weights load by name. MONAI's ResNet is not used: its blocks
-take neither a width of their own nor gates. Source: He et al. 2016, arXiv 1512.03385.
+have no width of their own inside, and its forward pass cannot be cut. Source: He et al. 2016, arXiv 1512.03385.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +14,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emoe_med.models.gates import UNGATED, gated
+from emoe_med.models.gates import Place
 from emoe_med.models.output import ModelOutput
 from emoe_med.moe import MoELayer
 
@@ -69,7 +68,7 @@ class ResNet(nn.Module):
             layer = nn.Sequential()
             for number in range(count):
                 stride = 2 if stage > 1 and number == 0 else 1
-                layer.append(ResidualBlock(f"layer{stage}.{number}", before, inner, after, stride, bottleneck))
+                layer.append(ResidualBlock(before, inner, after, stride, bottleneck))
                 before = after
             self.add_module(f"layer{stage}", layer)
         self.fc = nn.Linear(before, outputs)
@@ -82,14 +81,9 @@ class ResNet(nn.Module):
         """The four stages, in order."""
         return [self.get_submodule(f"layer{stage}") for stage in range(1, 5)]  # ty: ignore[invalid-explicit-return]
 
-    def forward(self, image: Tensor, gates: Mapping[str, Tensor] = UNGATED) -> ModelOutput:
-        """Map images [B, C, H, W] to logits [B, O].
-
-        Args:
-            image: Normalised pixels.
-            gates: [B, channels] by name of the convolution (`conv1`, `layer1.0.conv2`), on its normalised output.
-        """
-        features = self.beyond(self.until(image, 4, gates), 4, gates)
+    def forward(self, image: Tensor) -> ModelOutput:
+        """Map images [B, C, H, W] to logits [B, O]."""
+        features = self.beyond(self.until(image, 4), 4)
         return ModelOutput(self.answer(features), features.new_zeros(()), {}, {})
 
     @property
@@ -97,14 +91,14 @@ class ResNet(nn.Module):
         """Pooled features that an answer is read from."""
         return self.fc.in_features
 
-    def until(self, image: Tensor, stages: int, gates: Mapping[str, Tensor] = UNGATED) -> Tensor:
+    def until(self, image: Tensor, stages: int) -> Tensor:
         """Return the feature map [B, C', H', W'] behind the first so many stages; 0 is the stem alone."""
-        x = self.maxpool(F.relu(gated(self.bn1(self.conv1(image)), gates.get("conv1"))))
-        return _through(self.stages[:stages], x, gates)
+        x = self.maxpool(F.relu(self.bn1(self.conv1(image))))
+        return _through(self.stages[:stages], x)
 
-    def beyond(self, x: Tensor, stages: int, gates: Mapping[str, Tensor] = UNGATED) -> Tensor:
+    def beyond(self, x: Tensor, stages: int) -> Tensor:
         """Return the pooled features [B, F] of a map behind so many stages: what `fc` sees."""
-        return _through(self.stages[stages:], x, gates).mean(dim=(2, 3))
+        return _through(self.stages[stages:], x).mean(dim=(2, 3))
 
     def answer(self, features: Tensor) -> Tensor:
         """Map pooled features [B, F] to logits [B, O]."""
@@ -125,6 +119,22 @@ class ResNet(nn.Module):
         """Return none: a convolution routes no tokens."""
         return {}
 
+    def places(self) -> dict[str, Place]:
+        """Return where the convolutions stand; see `gates.Place`."""
+        found = {"conv1": Place(self.conv1, self.bn1, None, inner=False)}
+        entry: str | None = "conv1"  # past the first block a shortcut stands beside every gated channel
+        for number, stage in enumerate(self.stages, start=1):
+            for place, block in enumerate(stage):
+                assert isinstance(block, ResidualBlock)
+                source, name = entry, f"layer{number}.{place}"
+                for part, (convolution, norm) in block.pairs().items():
+                    found[f"{name}.{part}"] = Place(convolution, norm, source, part != block.convolutions[-1])
+                    source = f"{name}.{part}"
+                if block.downsample is not None:
+                    found[f"{name}.downsample.0"] = Place(block.downsample[0], None, entry, inner=False)
+                entry = None
+        return found
+
 
 class ResidualBlock(nn.Module):
     """x + conv-norm-ReLU-conv-norm, then ReLU; a bottleneck has a 1 x 1 convolution on either side of its 3 x 3.
@@ -132,9 +142,8 @@ class ResidualBlock(nn.Module):
     The stride is in the first 3 x 3 convolution, as torchvision has it.
     """
 
-    def __init__(self, name: str, before: int, inner: int, after: int, stride: int, bottleneck: bool) -> None:
+    def __init__(self, before: int, inner: int, after: int, stride: int, bottleneck: bool) -> None:
         super().__init__()
-        self.name = name
         kernels = (1, 3, 1) if bottleneck else (3, 3)
         self.convolutions = [f"conv{number}" for number in range(1, len(kernels) + 1)]
         widths = [before, *[inner] * (len(kernels) - 1), after]
@@ -146,13 +155,16 @@ class ResidualBlock(nn.Module):
         if stride > 1 or before != after:
             self.downsample = nn.Sequential(_convolution(before, after, 1, stride), nn.BatchNorm2d(after))
 
-    def forward(self, x: Tensor, gates: Mapping[str, Tensor] = UNGATED) -> Tensor:
+    def pairs(self) -> dict[str, tuple[nn.Module, nn.Module]]:
+        """Return each convolution with the norm behind it, by name of the convolution."""
+        names = {name: name.replace("conv", "bn") for name in self.convolutions}
+        return {name: (self.get_submodule(name), self.get_submodule(norm)) for name, norm in names.items()}
+
+    def forward(self, x: Tensor) -> Tensor:
         """Map feature maps [B, C, H, W]."""
         y = x
-        for number, name in enumerate(self.convolutions, start=1):
-            y = F.relu(y) if number > 1 else y
-            y = self.get_submodule(f"bn{number}")(self.get_submodule(name)(y))
-            y = gated(y, gates.get(f"{self.name}.{name}"))
+        for number, (convolution, norm) in enumerate(self.pairs().values()):
+            y = norm(convolution(y if number == 0 else F.relu(y)))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
@@ -160,8 +172,7 @@ def _convolution(before: int, after: int, kernel: int, stride: int) -> nn.Conv2d
     return nn.Conv2d(before, after, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
-def _through(stages: list[nn.Sequential], x: Tensor, gates: Mapping[str, Tensor]) -> Tensor:
+def _through(stages: list[nn.Sequential], x: Tensor) -> Tensor:
     for stage in stages:
-        for block in stage:
-            x = block(x, gates)
+        x = stage(x)
     return x

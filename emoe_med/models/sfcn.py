@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from monai.networks.blocks import Convolution
 from torch import Tensor, nn
 
+from emoe_med.models.gates import Place
 from emoe_med.models.output import ModelOutput
 from emoe_med.moe import MoELayer, Routing
 
@@ -67,6 +68,19 @@ class SFCN(nn.Module):
         """Return the edge, in input voxels, of one voxel of the map after `block` (counted from 1)."""
         return self.options.stem * 2 ** min(block, self.options.pooled)
 
+    def routed_layers(self) -> dict[str, MoELayer]:
+        """Return the routed layer by the name that `ModelOutput.routing` uses."""
+        return {} if self.moe is None else {f"block{self.moe_after}": self.moe}
+
+    def places(self) -> dict[str, Place]:
+        """Return where the convolutions stand, for a net without a routed layer; see `gates.Place`."""
+        names = [f"blocks.{number}" for number in range(len(self.blocks))]
+        found = {
+            name: Place(block.conv, block, source, inner=True)
+            for name, source, block in zip(names, [None, *names], self.blocks, strict=False)
+        }
+        return {**found, "neck": Place(self.neck.conv, None, names[-1], inner=True)}
+
     def forward(self, image: Tensor) -> ModelOutput:
         """Map an image [B, 1, X, Y, Z], exactly 0 outside the head, to outputs [B, O]."""
         stages = self.moe_after or 0
@@ -79,10 +93,6 @@ class SFCN(nn.Module):
             routing[name], token_mask[name] = routed, mask
             aux_loss = aux_loss + routed.aux_loss
         return ModelOutput(self.answer(self.beyond(x, stages)), aux_loss, routing, token_mask)
-
-    def routed_layers(self) -> dict[str, MoELayer]:
-        """Return the routed layer, if there is one, by the name that `ModelOutput.routing` uses."""
-        return {} if self.moe is None else {f"block{self.moe_after}": self.moe}
 
     @property
     def num_features(self) -> int:

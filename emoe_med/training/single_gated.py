@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from emoe_med.config import SingleGatedConfig, TrainingConfig
+from emoe_med.config import TrainingConfig
 from emoe_med.errors import ConfigError, Fault, Interrupted
+from emoe_med.model_config import SingleGatedConfig
 from emoe_med.models.single_gated import ClusterGate, SingleGated
 from emoe_med.training.checkpoint import CheckpointFolder, load_model_state, load_model_weights
 from emoe_med.training.loader import derived_seed, make_loader, read_batches
@@ -59,15 +60,17 @@ class PhasedTask(Task, Protocol):
         ...
 
 
-def fit_single_gated(
+def fit_run(
     task: PhasedTask,
     config: TrainingConfig,
-    options: SingleGatedConfig,
+    options: SingleGatedConfig | None,
     run_dir: Path,
     tracker: Record,
     resume: bool = False,
 ) -> FitResult:
-    """Train all phases and return the whole: `loop.fit` for a single-gated mixture, with the same errors."""
+    """Train in one go, or a single-gated mixture in phases; arguments, result and errors are those of `loop.fit`."""
+    if options is None:
+        return fit(task, config, run_dir, tracker, resume)
     folder = CheckpointFolder(run_dir).find("last") if resume else None
     if folder is None:
         folder = _Phases(task, config, options, run_dir, tracker).train(resume)
@@ -99,7 +102,7 @@ class _Phases:
         with self._machine() as machine:
             facts = {"seed": self.config.seed, "precision": self.config.precision, "world_size": machine.world_size}
             write_environment(self.run_dir, machine.device, {**facts, **task.digests})
-        base = self._fit("base", task.plain(), resume, epochs=options.base_epochs(self.config))
+        base = self._fit("base", task.plain(), resume, epochs=options.base_epochs(self.config.epochs))
         network = task.inside(base.model).requires_grad_(False)
         digests = {**task.digests, "base": _digest(base)}
 

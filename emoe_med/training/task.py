@@ -51,7 +51,9 @@ class Task(Protocol):
     """Data, model, loss and validation of one task.
 
     Metric names are those of the record (`val/mae`, `expert/E03/load`); see `allow_list.METRIC`. A task may
-    also have `meta`, a JSON-able dict that every checkpoint carries (the preprocessing contract).
+    also have `meta`, a JSON-able dict that every checkpoint carries (the preprocessing contract), and
+    `begin_epoch(model, epoch)`, called before the steps of each epoch, from 0, and again when one is gone on with:
+    what a model is to do otherwise from some epoch on is a function of the epoch alone.
 
     Attributes:
         train_data: Samples to learn from.

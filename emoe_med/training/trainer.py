@@ -105,6 +105,9 @@ class Trainer:
     def steps_left(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each optimiser step that the running epoch still has."""
         self.model.train()
+        begin_epoch = getattr(self.task, "begin_epoch", None)
+        if begin_epoch is not None:
+            begin_epoch(self.model, self.position.epoch)
         self._pace = (time.monotonic(), 0)
         self.sampler.epoch, self.sampler.cursor = self.position.epoch, self.position.batch
         if self.position.batch < len(self.sampler):

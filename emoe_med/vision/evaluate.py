@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,8 +19,10 @@ from torch.utils.data import Subset
 from emoe_med.data.images import ImageDataset, list_images
 from emoe_med.data.memory import Held
 from emoe_med.errors import CheckpointError, DataError, Fault
+from emoe_med.models.deep_moe import DeepMoE
 from emoe_med.models.output import ModelOutput
 from emoe_med.models.single_gated import SingleGated
+from emoe_med.training.channel_report import describe_channels
 from emoe_med.training.checkpoint import CheckpointFolder, load_model_weights
 from emoe_med.training.gate_report import describe_gate
 from emoe_med.training.journal import read_journal
@@ -29,7 +31,7 @@ from emoe_med.training.routing_report import describe_routing
 from emoe_med.training.run_folder import replace_file
 from emoe_med.training.task import MapDataset
 from emoe_med.vision.config import VisionConfig
-from emoe_med.vision.metrics import accuracy, mean_estimate
+from emoe_med.vision.metrics import Estimate, accuracy, mean_estimate
 from emoe_med.vision.net import Net, build_net
 from emoe_med.vision.run import load_vision
 from emoe_med.vision.task import rank_of_label, seen_image
@@ -78,6 +80,11 @@ class TrainedClassifier:
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.net.parameters()).device
+
+    @property
+    def routes(self) -> bool:
+        """Whether anything in the network sends patches or images to experts."""
+        return isinstance(self.net, SingleGated) or bool(self.net.routed_layers())
 
     def inputs(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Yield the collated batches of a data set with the images that the network sees."""
@@ -130,8 +137,10 @@ def evaluate_run(run_dir: Path, train: ImageDataset, test: ImageDataset, val: np
     metrics["images_per_second"] = {"training": _training_speed(run_dir), "test": len(test) / max(seconds, 1e-9)}
     if isinstance(model.net, SingleGated):
         metrics |= gate_report(model, model.net, test)
-    elif model.net.routed_layers():
+    if model.net.routed_layers():
         metrics["routing"] = routing_report(model, test)
+    if isinstance(model.net, DeepMoE):
+        metrics["channels"] = channel_report(model, model.net, test)
     write_metrics(run_dir, metrics)
     return metrics
 
@@ -152,19 +161,12 @@ def routing_report(model: TrainedClassifier, test: ImageDataset) -> dict[str, An
 
     `error_without_branch` and `error_permuted_routing` are gains in top-1 error, in percent of the images.
     """
-    evaluation = model.config.evaluation
-    chosen = np.linspace(0, len(test) - 1, min(len(test), evaluation.routing_images)).round().astype(int)
-    data = Held(Subset(test, chosen.tolist()))
+    return describe_routing(model.net.routed_layers(), *_judged(model, test))
 
-    def errors() -> np.ndarray:
-        return 100.0 * (predict(model, data)["rank"].to_numpy() > 0)
 
-    return describe_routing(
-        model.net.routed_layers(),
-        errors,
-        lambda changed, intact: mean_estimate(changed - intact, evaluation.bootstrap),
-        "error",
-    )
+def channel_report(model: TrainedClassifier, net: DeepMoE, test: ImageDataset) -> dict[str, Any]:
+    """Tell which channels are on and what the choice is worth, on the same images, in percent of them."""
+    return describe_channels(net, *_judged(model, test))
 
 
 def gate_report(model: TrainedClassifier, whole: SingleGated, test: MapDataset) -> dict[str, Any]:
@@ -187,6 +189,20 @@ def gate_report(model: TrainedClassifier, whole: SingleGated, test: MapDataset) 
         label="label",
     )
     return {"routing": {"gate": routing}, "early_exit": early_exit}
+
+
+def _judged(
+    model: TrainedClassifier, test: ImageDataset
+) -> tuple[Callable[[], np.ndarray], Callable[[np.ndarray, np.ndarray], Estimate], str]:
+    """Return how errors on evenly spaced test images are made and compared, and their name."""
+    evaluation = model.config.evaluation
+    chosen = np.linspace(0, len(test) - 1, min(len(test), evaluation.routing_images)).round().astype(int)
+    data = Held(Subset(test, chosen.tolist()))
+
+    def errors() -> np.ndarray:
+        return 100.0 * (predict(model, data)["rank"].to_numpy() > 0)
+
+    return errors, lambda changed, intact: mean_estimate(changed - intact, evaluation.bootstrap), "error"
 
 
 def score_again(run_dir: Path) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Subset
 
 from emoe_med.data.image_layouts import Files, Pixels
@@ -31,7 +34,7 @@ LEVEL = 0.95
 def fewshot(
     run_dir: Path, dataset: str | None, root: Path | None, shots: Sequence[int], draws: int
 ) -> tuple[dict[str, Any], Path]:
-    """Probe a run's features with ridge regression and nearest class means, and write `fewshot/<dataset>.json`.
+    """Probe a run's features by ridge, logistic regression and class means, and write `fewshot/<dataset>.json`.
 
     Args:
         run_dir: Run folder with a trained checkpoint; its weights stay as they are.
@@ -132,6 +135,26 @@ class Ridge:
         """Return the accuracy in percent under each penalty."""
         x = self._standardised(x)
         return np.array([100 * np.mean((x @ weight).argmax(1) == y) for weight in self.weights])
+
+
+class Logistic:
+    """Multinomial logistic regression (scikit-learn) for all penalties; features are standardised by the supports."""
+
+    INVERSE = 10.0 ** np.arange(2, -5, -1)  # C, so that penalties rise
+
+    def __init__(self, x: np.ndarray, y: np.ndarray, classes: int) -> None:
+        del classes  # every class has supports
+        self.fits = [
+            make_pipeline(StandardScaler(), LogisticRegression(C=inverse, max_iter=1000)).fit(x, y)
+            for inverse in self.INVERSE
+        ]
+
+    def accuracies(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Return the accuracy in percent under each penalty."""
+        return np.array([100 * fit.score(x, y) for fit in self.fits])
+
+
+PROBES = {"ridge": Ridge, "logistic": Logistic}
 
 
 def nearest_mean(x: np.ndarray, y: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:

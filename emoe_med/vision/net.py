@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from emoe_med.errors import ConfigError, Fault
+from emoe_med.models.deep_moe import DeepMoE
 from emoe_med.models.resnet import ResNet
 from emoe_med.models.single_gated import ClassEnsembler, SingleGated
 from emoe_med.models.state import load_by_name
@@ -17,7 +18,7 @@ from emoe_med.models.weights import ViTWeights, load_weights
 from emoe_med.vision.config import ALWAYS_LEARN, ResNetConfig, ViTConfig
 
 LOG = logging.getLogger("emoe_med")
-Net = ViT | ResNet | SingleGated
+Net = ViT | ResNet | DeepMoE | SingleGated
 
 
 def build_net(config: ViTConfig | ResNetConfig, channels: int, classes: int, start: ViTWeights | None = None) -> Net:
@@ -33,7 +34,7 @@ def build_net(config: ViTConfig | ResNetConfig, channels: int, classes: int, sta
         if isinstance(net, ViT):
             has_head = load_weights(net, start, path)
         else:
-            has_head = load_by_name(net, start.tensors, path, "fc")
+            has_head = load_by_name(net.net if isinstance(net, DeepMoE) else net, start.tensors, path, "fc")
         if not has_head:
             LOG.info("the head of %s is for other classes: it starts anew", config.weights)
     _freeze(net, config.freeze)
@@ -42,18 +43,15 @@ def build_net(config: ViTConfig | ResNetConfig, channels: int, classes: int, sta
 
 
 def _vit(config: ViTConfig, channels: int, classes: int) -> ViT:
-    net = ViT(classes, config.options(channels))
-    if config.moe is not None:
-        layers = {block: config.moe.build(config.width) for block in config.moe.blocks}
-        net.insert(layers, config.moe.placement, config.moe.route_prefix)
-    return net
+    return config.build(classes, channels)
 
 
-def _resnet(config: ResNetConfig, channels: int, classes: int) -> ResNet:
-    return ResNet(classes, config.options(channels))
+def _resnet(config: ResNetConfig, channels: int, classes: int) -> ResNet | DeepMoE:
+    net = ResNet(classes, config.options(channels))
+    return net if config.gating is None else DeepMoE(net, 2, channels, classes, config.gating.options())
 
 
-MODELS: dict[str, Callable[..., ViT | ResNet]] = {"vit": _vit, "resnet": _resnet}
+MODELS: dict[str, Callable[..., ViT | ResNet | DeepMoE]] = {"vit": _vit, "resnet": _resnet}
 
 
 def _freeze(net: nn.Module, prefixes: tuple[str, ...]) -> None:

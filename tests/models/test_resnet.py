@@ -3,6 +3,7 @@ import torch
 from monai.networks.nets import ResNet as MonaiResNet
 
 from emoe_med.errors import CheckpointError
+from emoe_med.models.gates import gated
 from emoe_med.models.resnet import ResNet, ResNetOptions
 from emoe_med.models.state import load_by_name
 
@@ -64,19 +65,10 @@ def test_a_gated_off_channel_is_a_removed_channel():
     gate[:, kept] = 1
     image = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        found = net(image, {"layer1.1.conv1": gate}).output
+        with gated(net.places(), {"layer1.1.conv1": gate}):
+            found = net(image).output
         torch.testing.assert_close(found, rest(image).output)
         assert (found - net(image).output).abs().max() > 1e-3
-
-
-def test_gates_scale_each_image_by_itself():
-    torch.manual_seed(3)
-    net = ResNet(4, SMALL).eval()
-    image, gate = torch.randn(2, 3, 16, 16), torch.rand(2, 32)
-    with torch.no_grad():
-        both = net(image, {"layer3.0.conv2": gate}).output
-        alone = [net(image[i : i + 1], {"layer3.0.conv2": gate[i : i + 1]}).output for i in range(2)]
-    torch.testing.assert_close(both, torch.cat(alone))
 
 
 def test_weights_of_another_width_are_refused_and_another_head_starts_anew(tmp_path):

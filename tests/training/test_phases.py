@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from toy_task import ToyOptions, ToyTask
 
-from emoe_med.config import SingleGatedConfig
 from emoe_med.errors import ConfigError, Interrupted
+from emoe_med.model_config import SingleGatedConfig
 from emoe_med.models.output import ModelOutput
 from emoe_med.models.single_gated import SingleGated
 from emoe_med.training.checkpoint import CheckpointFolder
 from emoe_med.training.journal import read_journal
 from emoe_med.training.loop import fit
 from emoe_med.training.parts import ExpertOnBase, PartTask
-from emoe_med.training.single_gated import fit_single_gated, noisy
+from emoe_med.training.single_gated import fit_run, noisy
 from emoe_med.training.tracking import Tracker
 
 OPTIONS = SingleGatedConfig(num_experts=2, stages=1, gate_epochs=1, expert_epochs=2, noise=0.0)
@@ -79,7 +79,7 @@ class Mean:
 
 
 class PhasedToy(ToyTask):
-    """The toy as `fit_single_gated` wants it; `seen` has the rows of each training batch, in all phases."""
+    """The toy as `fit_run` wants it; `seen` has the rows of each training batch, in all phases."""
 
     gated = OPTIONS
 
@@ -128,7 +128,7 @@ class Broken(PhasedToy):
 
 def train(folder, task=None, options=OPTIONS, training=TRAINING, resume=False):
     with Tracker(folder, uri="none", strict=True) as tracker:
-        return fit_single_gated(task or PhasedToy(), training, options, folder, tracker, resume)
+        return fit_run(task or PhasedToy(), training, options, folder, tracker, resume)
 
 
 def outcome(folder):

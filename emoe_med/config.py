@@ -14,7 +14,15 @@ import yaml
 from pydantic import Field, Tag, ValidationError, model_validator
 
 from emoe_med.errors import ConfigError, Fault
-from emoe_med.model_config import KIND, GatingConfig, RoutedConfig, Section, TransformerConfig, by_kind
+from emoe_med.model_config import (
+    KIND,
+    GatingConfig,
+    RoutedConfig,
+    Section,
+    SingleGatedConfig,
+    TransformerConfig,
+    by_kind,
+)
 
 MAX_CONFIG_BYTES = 1_000_000
 
@@ -48,7 +56,7 @@ class MoEConfig(RoutedConfig):
 
 
 class ModelConfig(Section):
-    """SFCN: plain, with one routed layer, or with gates on its channels (a DeepMoE)."""
+    """SFCN: plain, with one routed layer, with gates on its channels (a DeepMoE), or under a single gate."""
 
     kind: Literal["sfcn"] = "sfcn"
     channels: tuple[Annotated[int, Field(ge=1)], ...] = (32, 64, 128, 256, 256)
@@ -59,6 +67,7 @@ class ModelConfig(Section):
     head: Literal["soft_label", "l1"] = "soft_label"
     moe: MoEConfig | None = None
     gating: GatingConfig | None = None
+    single_gated: SingleGatedConfig | None = None
 
     @model_validator(mode="after")
     def _layer_in_net(self) -> ModelConfig:
@@ -66,6 +75,10 @@ class ModelConfig(Section):
             raise ValueError(f"moe.after_block {self.moe.after_block}: the net has {len(self.channels)} blocks")
         if self.moe is not None and self.gating is not None:
             raise ValueError("moe and gating: one of them")
+        if self.single_gated is not None:
+            self.single_gated.check(len(self.channels), {"moe": self.moe, "gating": self.gating})
+            if self.single_gated.tau is not None and self.head == "l1":
+                raise ValueError("single_gated.tau needs head: soft_label; one number does not tell how sure it is")
         return self
 
 
@@ -140,6 +153,12 @@ class BrainAgeConfig(Section):
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _epochs_suffice(self) -> Self:
+        if isinstance(self.model, ModelConfig) and self.model.single_gated is not None:
+            self.model.single_gated.base_epochs(self.training.epochs)
+        return self
 
     @model_validator(mode="after")
     def _fills_the_box(self) -> Self:

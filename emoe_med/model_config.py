@@ -194,3 +194,40 @@ class GatingConfig(Section):
     def holds(self, epoch: int, epochs: int) -> bool:
         """Whether gating stands still in an epoch, counted from 0."""
         return epoch >= round(epochs * (1 - self.held_share))
+
+
+class SingleGatedConfig(Section):
+    """A gate on a frozen network and experts for its clusters; `training.epochs` are shared with the network itself."""
+
+    num_experts: int = Field(4, ge=1)
+    stages: int = Field(ge=0, description="blocks or stages that all experts share; each has its own copy of the rest")
+    gate_epochs: int = Field(1, ge=1, description="of training.epochs")
+    expert_epochs: int = Field(ge=1, description="of training.epochs; over all experts one epoch sees each sample once")
+    expert_lr_share: float = Field(0.3, gt=0, le=1, description="of training.lr: experts start as trained copies")
+    noise: float = Field(0.1, ge=0, le=1, description="share of the samples that train an expert drawn at random")
+    tau: float | None = Field(
+        None, ge=0, le=1, description="confidence at which the network answers alone; None: never, one expert each"
+    )
+
+    def base_epochs(self, epochs: int) -> int:
+        """Return which of the run's epochs are left for the network itself.
+
+        Raises:
+            ValueError: None is left.
+        """
+        left = epochs - self.gate_epochs - self.expert_epochs
+        if left < 1:
+            raise ValueError(f"training.epochs {epochs}: gate and experts leave none for the network itself")
+        return left
+
+    def check(self, stages: int, others: dict[str, Any]) -> None:
+        """See that a network of so many stages can be cut so, and that nothing else is to be put into it.
+
+        Raises:
+            ValueError: It cannot, or something is.
+        """
+        if self.stages > stages:
+            raise ValueError(f"single_gated.stages {self.stages}: the net has {stages}")
+        given = [name for name, other in others.items() if other is not None]
+        if given:
+            raise ValueError(f"single_gated and {given[0]}: one of them")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch.utils.data import Subset
 
 from emoe_med.brainage.bias import AgeBias, Method, fit_age_bias
 from emoe_med.brainage.cohort import Cohort, prepare_cohort
@@ -24,8 +25,10 @@ from emoe_med.data.contract import contract_digest
 from emoe_med.data.manifest import Manifest
 from emoe_med.errors import DataError, Fault
 from emoe_med.models.deep_moe import DeepMoE
+from emoe_med.models.single_gated import SingleGated
 from emoe_med.training.amend import amend
 from emoe_med.training.channel_report import describe_channels
+from emoe_med.training.gate_report import describe_gate
 from emoe_med.training.progress import counted
 from emoe_med.training.routing_report import describe_routing
 from emoe_med.training.run_folder import replace_file
@@ -55,6 +58,8 @@ def evaluate_run(run_dir: Path, cohort: Cohort, splits: pd.DataFrame) -> dict[st
     }
     metrics = _score(tables, model)
     bootstrap = Bootstrap(model.config.evaluation.bootstrap)
+    if isinstance(model.net.net, SingleGated):
+        metrics |= gate_report(model, model.net.net, cohort, where["test"], bootstrap)
     if model.net.routed_layers():
         metrics["routing"] = routing_report(model, cohort, where["test"], bootstrap)
     if isinstance(model.net.net, DeepMoE):
@@ -111,8 +116,7 @@ def score_again(run_dir: Path, method: Method = "beheshti") -> dict[str, Any]:
         raise DataError(Fault("RUN-METRICS", "this run was not evaluated to its end", str(path), hint=hint))
     metrics = _score(tables, model, method)
     before = json.loads(path.read_text())
-    if "routing" in before:
-        metrics["routing"] = before["routing"]
+    metrics |= {name: before[name] for name in ("routing", "channels", "early_exit") if name in before}
     write_predictions(run_dir / "predictions", tables)
     write_metrics(run_dir, metrics)
     write_reports(run_dir)
@@ -249,6 +253,34 @@ def channel_report(
 ) -> dict[str, Any]:
     """Tell which channels are on and what the choice is worth, on given scans; as `routing_report`."""
     return describe_channels(net, *_judged(model, cohort, indices, bootstrap))
+
+
+def gate_report(
+    model: TrainedModel, whole: SingleGated, cohort: Cohort, indices: list[int], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """Tell what gate, experts and early exit of a single-gated mixture are worth, on given scans.
+
+    Errors are in years, of one scan a person, on the volume as it is, whatever the run averages over; `early_exit` has
+    its curve in years, too.
+    """
+    table = cohort.table().assign(age=[scan.age for scan in cohort.manifest.scans])
+    first = first_sessions(table.iloc[indices])
+    persons = first["participant_id"].to_numpy()
+    counts = list(bootstrap.counts(persons))
+
+    def score(errors: np.ndarray) -> dict[str, Any]:
+        drawn = np.concatenate([part @ errors / part.sum(1) for part in counts])
+        return bootstrap.estimate(float(errors.mean()), drawn, len(np.unique(persons)))
+
+    routing, early_exit = describe_gate(
+        whole,
+        model.inputs(Subset(cohort.heads, first.index.tolist())),
+        error=lambda output, batch: (model.net.head.predict(output).cpu() - batch["age"]).abs(),
+        compare=lambda *pair: paired_difference(*pair, persons, bootstrap),
+        score=score,
+        metric="mae",
+    )
+    return {"routing": {"gate": routing}, "early_exit": early_exit}
 
 
 def _judged(

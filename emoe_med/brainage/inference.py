@@ -25,6 +25,8 @@ from emoe_med.data.sidecar import other_steps
 from emoe_med.errors import CheckpointError, Fault, VolumeError
 from emoe_med.models.heads import TrainingAges
 from emoe_med.training.checkpoint import CheckpointFolder, load_model_weights
+from emoe_med.training.loader import make_loader, read_batches
+from emoe_med.training.task import Batch, MapDataset
 
 
 @dataclass
@@ -105,6 +107,13 @@ class TrainedModel:
         with pooled_features(self.net) as features, torch.autocast(device.type, torch.bfloat16, enabled=low):
             ages, _ = self.net.ages(views, average and evaluation.flip_average)
         return float(ages.mean()), torch.cat(features).mean(0).cpu().numpy()
+
+    def inputs(self, scans: MapDataset) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield collated batches of scans with the images [B, 1, X, Y, Z] that the network sees, as they are."""
+        device = next(self.net.parameters()).device
+        for batch in read_batches(make_loader(scans, self.config.training.batch_size, workers=0)):
+            image = to_model_grid(batch["image"].to(device).float(), self.config.data.oversample)
+            yield batch, image.to(memory_format=torch.channels_last_3d)
 
     def lacking(self) -> list[str]:
         """Tell which checks the checkpoint does not allow."""

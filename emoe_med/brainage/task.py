@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -59,6 +60,20 @@ class BrainAgeTask:
     def build_model(self) -> BrainAgeNet:
         """Build the network; weights follow from torch's seed."""
         return BrainAgeNet(self.config.model, self.ages)
+
+    def plain(self) -> BrainAgeTask:
+        """Return the same task for the base of a single-gated mixture alone."""
+        task, model = copy(self), self.config.model.model_copy(update={"single_gated": None})
+        task.config = self.config.model_copy(update={"model": model})
+        return task
+
+    def inside(self, model: BrainAgeNet) -> nn.Module:
+        """Return the network in a model, without its head."""
+        return model.net
+
+    def around(self, network: nn.Module) -> BrainAgeNet:
+        """Return a model with this network in it."""
+        return BrainAgeNet(self.config.model, self.ages, network)
 
     def prepare(self, batch: dict[str, Any], train: bool, keys: Tensor) -> dict[str, Any]:
         """Bring images [B, 1, kX, kY, kZ] to the model's grid, changed at random in training only."""

@@ -30,9 +30,9 @@ from emoe_med.training.arm import (
     is_done,
     tracked,
 )
-from emoe_med.training.loop import fit
 from emoe_med.training.progress import counted
 from emoe_med.training.run_folder import replace_file
+from emoe_med.training.single_gated import fit_run
 
 LOG = logging.getLogger("emoe_med")
 
@@ -147,7 +147,8 @@ def _train_fold(
         replace_file(run_dir / "splits.csv", splits.to_csv(index=False).encode())
         tracker.params(flat(config.model_dump(mode="json")))
         tracker.tags({"arm": config.name, "fold": fold, "seed": config.training.seed, "synthetic": synthetic})
-        result = fit(task, config.training, run_dir, tracker, resume)
+        gated = getattr(config.model, "single_gated", None)
+        result = fit_run(task, config.training, gated, run_dir, tracker, resume)
         metrics = evaluate_run(run_dir, cohort, splits)
         tracker.metrics(result.step, headline(metrics))
         page, figures = write_reports(run_dir)

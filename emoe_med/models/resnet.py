@@ -6,6 +6,7 @@ have no width of their own inside, and its forward pass cannot be cut. Source: H
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -83,7 +84,12 @@ class ResNet(nn.Module):
     def forward(self, image: Tensor) -> ModelOutput:
         """Map images [B, C, H, W] to logits [B, O]."""
         features = self.beyond(self.until(image, 4), 4)
-        return ModelOutput(self.fc(features), features.new_zeros(()), {}, {})
+        return ModelOutput(self.answer(features), features.new_zeros(()), {}, {})
+
+    @property
+    def num_features(self) -> int:
+        """Pooled features that an answer is read from."""
+        return self.fc.in_features
 
     def until(self, image: Tensor, stages: int) -> Tensor:
         """Return the feature map [B, C', H', W'] behind the first so many stages; 0 is the stem alone."""
@@ -93,6 +99,17 @@ class ResNet(nn.Module):
     def beyond(self, x: Tensor, stages: int) -> Tensor:
         """Return the pooled features [B, F] of a map behind so many stages: what `fc` sees."""
         return _through(self.stages[stages:], x).mean(dim=(2, 3))
+
+    def answer(self, features: Tensor) -> Tensor:
+        """Map pooled features [B, F] to logits [B, O]."""
+        return self.fc(features)
+
+    def tail(self, stages: int) -> ResNet:
+        """Return a copy of what stands behind so many stages, for `beyond` and `answer` alone."""
+        copy = deepcopy(self)
+        for name in ("conv1", "bn1", *(f"layer{stage}" for stage in range(1, 1 + stages))):
+            copy.set_submodule(name, nn.Sequential())
+        return copy
 
     def probed(self, image: Tensor) -> dict[str, Tensor]:
         """Return what a head could see of images [B, F]: the pooled features."""

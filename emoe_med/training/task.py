@@ -22,6 +22,31 @@ class MapDataset(Protocol):
         ...
 
 
+class Record(Protocol):
+    """What the loop tells of a run; see `tracking.Tracker`."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether a metric was ever written."""
+        ...
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Record metrics of an optimiser step."""
+        ...
+
+    def note(self, kind: str, **fields: Any) -> None:
+        """Record an event."""
+        ...
+
+    def sync_to_disk(self) -> None:
+        """Wait until the disk has every event."""
+        ...
+
+    def flush(self) -> None:
+        """Send on what is new, without waiting."""
+        ...
+
+
 class Task(Protocol):
     """Data, model, loss and validation of one task.
 

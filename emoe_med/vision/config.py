@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, Tag, model_validator
 
 from emoe_med.config import TrackingConfig, TrainingConfig
-from emoe_med.model_config import KIND, GatingConfig, Section, TransformerConfig, by_kind
+from emoe_med.model_config import KIND, GatingConfig, Section, SingleGatedConfig, TransformerConfig, by_kind
 
 Dataset = Literal["digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet"]
 ALWAYS_LEARN = ("head.", "fc.", ".moe.")  # parts of parameter names that no freezing holds
@@ -71,7 +71,7 @@ class BlockGatingConfig(GatingConfig):
 
 
 class ResNetConfig(NetConfig):
-    """A residual network, see `models.resnet.ResNetOptions`; with gates on its channels it is a DeepMoE."""
+    """A residual network, see `models.resnet.ResNetOptions`: plain, a DeepMoE, or under a single gate."""
 
     kind: Literal["resnet"] = "resnet"
     depth: Literal[18, 50] = 18
@@ -79,10 +79,13 @@ class ResNetConfig(NetConfig):
     width: float = Field(1.0, gt=0, le=8, description="factor on all channels")
     inner: float = Field(1.0, gt=0, le=8, description="further factor on the channels inside a block")
     gating: BlockGatingConfig | None = None
+    single_gated: SingleGatedConfig | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         self.options(3)
+        if self.single_gated is not None:
+            self.single_gated.check(4, {"gating": self.gating})
         return self
 
     def options(self, channels: int) -> Any:
@@ -121,6 +124,8 @@ class VisionConfig(Section):
     def _large_enough(self) -> Self:
         if self.data.resize < self.model.image_size:
             raise ValueError(f"data.resize {self.data.resize} is below model.image_size {self.model.image_size}")
+        if isinstance(self.model, ResNetConfig) and self.model.single_gated is not None:
+            self.model.single_gated.base_epochs(self.training.epochs)
         if (self.data.mean is None) != (self.data.std is None):
             raise ValueError("data.mean and data.std go together")
         return self

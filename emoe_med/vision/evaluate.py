@@ -21,8 +21,10 @@ from emoe_med.data.memory import Held
 from emoe_med.errors import CheckpointError, DataError, Fault
 from emoe_med.models.deep_moe import DeepMoE
 from emoe_med.models.output import ModelOutput
+from emoe_med.models.single_gated import SingleGated
 from emoe_med.training.channel_report import describe_channels
 from emoe_med.training.checkpoint import CheckpointFolder, load_model_weights
+from emoe_med.training.gate_report import describe_gate
 from emoe_med.training.journal import read_journal
 from emoe_med.training.loader import make_loader, read_batches
 from emoe_med.training.routing_report import describe_routing
@@ -63,14 +65,14 @@ class TrainedClassifier:
     @torch.no_grad()
     def outputs(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], ModelOutput]]:
         """Yield the collated batches of a data set with the network's output, in the run's precision."""
-        for batch, image in self._batches(data):
+        for batch, image in self.inputs(data):
             with self._autocast():
                 yield batch, self.net(image)
 
     @torch.no_grad()
     def features(self, data: MapDataset) -> Iterator[dict[str, Tensor]]:
         """Yield what the head could see of each batch [B, F] by kind, in the run's precision."""
-        for _, image in self._batches(data):
+        for _, image in self.inputs(data):
             with self._autocast():
                 yield self.net.probed(image)
 
@@ -79,7 +81,13 @@ class TrainedClassifier:
         """Where the network is."""
         return next(self.net.parameters()).device
 
-    def _batches(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    @property
+    def routes(self) -> bool:
+        """Whether anything in the network sends patches or images to experts."""
+        return isinstance(self.net, SingleGated) or bool(self.net.routed_layers())
+
+    def inputs(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Yield the collated batches of a data set with the images that the network sees."""
         options = self.config.training
         for batch in read_batches(make_loader(data, options.batch_size, options.workers)):
             pixels = batch["image"].to(self.device)
@@ -127,6 +135,8 @@ def evaluate_run(run_dir: Path, train: ImageDataset, test: ImageDataset, val: np
     write_predictions(run_dir / "predictions", tables)
     metrics: dict[str, Any] = _scores(tables, model.config)
     metrics["images_per_second"] = {"training": _training_speed(run_dir), "test": len(test) / max(seconds, 1e-9)}
+    if isinstance(model.net, SingleGated):
+        metrics |= gate_report(model, model.net, test)
     if model.net.routed_layers():
         metrics["routing"] = routing_report(model, test)
     if isinstance(model.net, DeepMoE):
@@ -157,6 +167,28 @@ def routing_report(model: TrainedClassifier, test: ImageDataset) -> dict[str, An
 def channel_report(model: TrainedClassifier, net: DeepMoE, test: ImageDataset) -> dict[str, Any]:
     """Tell which channels are on and what the choice is worth, on the same images, in percent of them."""
     return describe_channels(net, *_judged(model, test))
+
+
+def gate_report(model: TrainedClassifier, whole: SingleGated, test: MapDataset) -> dict[str, Any]:
+    """Tell what gate, experts and early exit of a single-gated mixture are worth, on all test images.
+
+    Errors are in percent of the images; the curve of `early_exit` has top-1 accuracy in percent.
+    """
+    draws = model.config.evaluation.bootstrap
+
+    def error(output: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        return 100.0 * (rank_of_label(output, batch["label"].to(output.device)) > 0)
+
+    routing, early_exit = describe_gate(
+        whole,
+        model.inputs(test),
+        error,
+        compare=lambda changed, intact: mean_estimate(changed - intact, draws),
+        score=lambda errors: mean_estimate(100 - errors, draws),
+        metric="error",
+        label="label",
+    )
+    return {"routing": {"gate": routing}, "early_exit": early_exit}
 
 
 def _judged(

@@ -33,7 +33,7 @@ def heatmap(run_dir: Path, root: Path | None) -> tuple[dict[str, Any], Path]:
         DataError: The images cannot be read, or have other classes.
     """
     model = TrainedClassifier.load(run_dir)
-    if not model.net.routed_layers():
+    if not model.routes:
         raise ConfigError(Fault("HEAT-NONE", "this run has no routed layer", str(run_dir)))
     listing = list_images(model.config.data.dataset, root)
     if list(listing.classes) != model.meta["classes"]:
@@ -42,7 +42,7 @@ def heatmap(run_dir: Path, root: Path | None) -> tuple[dict[str, Any], Path]:
 
 
 def write_heatmap(run_dir: Path, model: TrainedClassifier, listing: Listing) -> dict[str, Any]:
-    """Count patches by expert and class on the test images, and write `expert_maps/` of the run.
+    """Count patches (under a single gate, images) by expert and class on test images, and write `expert_maps/`.
 
     `expert_class.html`, a page of all of it; `expert_class.csv` (layer, expert, class, mean patches of an image,
     p(expert | class)), `expert_class.json` (NMI of expert and class, entropy of p(expert | class) over ln E, CV of

@@ -11,13 +11,14 @@ from torch import nn
 from emoe_med.errors import ConfigError, Fault
 from emoe_med.models.deep_moe import DeepMoE
 from emoe_med.models.resnet import ResNet
+from emoe_med.models.single_gated import ClassEnsembler, SingleGated
 from emoe_med.models.state import load_by_name
 from emoe_med.models.vit import ViT
 from emoe_med.models.weights import ViTWeights, load_weights
 from emoe_med.vision.config import ALWAYS_LEARN, ResNetConfig, ViTConfig
 
 LOG = logging.getLogger("emoe_med")
-Net = ViT | ResNet | DeepMoE
+Net = ViT | ResNet | DeepMoE | SingleGated
 
 
 def build_net(config: ViTConfig | ResNetConfig, channels: int, classes: int, start: ViTWeights | None = None) -> Net:
@@ -37,7 +38,8 @@ def build_net(config: ViTConfig | ResNetConfig, channels: int, classes: int, sta
         if not has_head:
             LOG.info("the head of %s is for other classes: it starts anew", config.weights)
     _freeze(net, config.freeze)
-    return net
+    gated = config.single_gated if isinstance(config, ResNetConfig) else None
+    return net if gated is None else SingleGated(net, gated.num_experts, gated.stages, ClassEnsembler(), gated.tau)
 
 
 def _vit(config: ViTConfig, channels: int, classes: int) -> ViT:
@@ -49,7 +51,7 @@ def _resnet(config: ResNetConfig, channels: int, classes: int) -> ResNet | DeepM
     return net if config.gating is None else DeepMoE(net, 2, channels, classes, config.gating.options())
 
 
-MODELS: dict[str, Callable[..., Net]] = {"vit": _vit, "resnet": _resnet}
+MODELS: dict[str, Callable[..., ViT | ResNet | DeepMoE]] = {"vit": _vit, "resnet": _resnet}
 
 
 def _freeze(net: nn.Module, prefixes: tuple[str, ...]) -> None:

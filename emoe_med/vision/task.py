@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any, Literal
 
 import torch
@@ -62,6 +63,20 @@ class VisionTask:
     def build_model(self) -> Net:
         """Build the network; weights follow from torch's seed."""
         return build_net(self.config.model, self.meta["channels"], len(self.meta["classes"]), self.start)
+
+    def plain(self) -> VisionTask:
+        """Return the same task for the base of a single-gated mixture alone."""
+        task, model = copy(self), self.config.model.model_copy(update={"single_gated": None})
+        task.config = self.config.model_copy(update={"model": model})
+        return task
+
+    def inside(self, model: nn.Module) -> nn.Module:
+        """Return the network in a model: all of it."""
+        return model
+
+    def around(self, network: nn.Module) -> nn.Module:
+        """Return a model with this network in it: itself."""
+        return network
 
     def prepare(self, batch: dict[str, Any], train: bool, keys: Tensor) -> dict[str, Any]:
         """Turn pixels [B, C, S, S] into the network's input, changed at random in training only.

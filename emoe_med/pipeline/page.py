@@ -58,7 +58,7 @@ def lines(part: ColumnOfCells) -> Lines:
         ("run here", [_own(cell) for cell in cells]),
         ("by seed", [_by_seed(cell) for cell in cells]),
         ("runs", [f"{cell.done} of {cell.planned}" if cell.planned else "" for cell in cells]),
-        (f"difference to {part.control}", [_difference(cell) for cell in cells]),
+        (_against(cells), [_difference(cell) for cell in cells]),
         ("p, Holm", [_p(cell) for cell in cells]),
         ("guessing", [_number(cell.guess) for cell in cells]),
         ("paper †", [_number(cell.printed) for cell in cells]),
@@ -79,8 +79,15 @@ def _by_seed(cell: Cell) -> str:
     return ", ".join(f"{value:.2f}" for value in cell.by_seed.values()) if len(cell.by_seed) > 1 else ""
 
 
+def _against(cells: Sequence[Cell]) -> str:
+    controls = {cell.control for cell in cells if cell.difference}
+    return f"difference to {controls.pop()}" if len(controls) == 1 else "difference to its control"
+
+
 def _difference(cell: Cell) -> str:
-    return "control" if cell.control else "" if cell.difference is None else _interval(cell.difference)
+    if cell.arm is not None and cell.control == cell.arm:
+        return "control"
+    return "" if cell.difference is None else _interval(cell.difference)
 
 
 def _p(cell: Cell) -> str:
@@ -129,9 +136,7 @@ def guessing(pipeline: Pipeline, columns: Sequence[ColumnOfCells]) -> list[str]:
         return []
     if lost:
         return [f"PLUMBING ONLY, not better than guessing beyond the interval: {'; '.join(lost)}."]
-    return [
-        "Every figure above beats guessing (the commonest labels, the median training age) with its whole interval."
-    ]
+    return ["Every figure beats guessing (the commonest labels, the median training age) with its whole interval."]
 
 
 def _machines(jobs: Sequence[Job], out: Path) -> list[str]:

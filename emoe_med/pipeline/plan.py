@@ -113,8 +113,7 @@ def plan(pipeline: Pipeline, path: Path, only: Sequence[str] = ()) -> list[Job]:
                 faults += error.faults
     if faults:
         raise ConfigError(*faults)
-    wanted = {row.arm for row in pipeline.table.rows if row.arm} | set(pipeline.table.paired_with)
-    if unknown := sorted(wanted - arms.keys()):
+    if unknown := sorted(pipeline.table.arms() - arms.keys()):
         raise ConfigError(Fault("PIPE-ARM", f"table: no run is called {', '.join(unknown)}", str(path)))
     order = sorted(jobs, key=lambda pair: (pair[0], pair[1].fold or 0))  # stable: arms as they stand in the file
     chosen = [job for _, job in order if not only or _fits(job, only)]
@@ -208,12 +207,19 @@ class Places:
         return _found(path, f"data set {dataset}")
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """See that all data of these runs are there.
+        """See that all data of these runs, and weights to start from, are there.
 
         Raises:
             DataError: All that is missing.
         """
-        faults: dict[str, Fault] = {}
+        starts = {getattr(job.arm.config.model, "weights", None) for job in jobs} - {None}
+        faults = {
+            name: Fault(
+                "PIPE-WEIGHTS", "no such weights to start from", name, hint=f"vision import-weights ... -o {name}"
+            )
+            for name in sorted(map(str, starts))
+            if not Path(name).is_file()
+        }
         asked = {dataset for job in jobs for dataset in _datasets(job)}
         for name in sorted(asked):
             try:

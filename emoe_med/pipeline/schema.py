@@ -11,7 +11,7 @@ from emoe_med.config import Section, TrackingConfig
 Dataset = Literal["digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet"]
 METRICS = (
     r"test/(mae|top1|top5)"
-    r"|fewshot/(digits|cifar10|cifar100|tiny_imagenet|imagenet)/\d+/(token|mean)/(ridge|nearest_mean)"
+    r"|fewshot/(digits|cifar10|cifar100|tiny_imagenet|imagenet)/\d+/(token|mean)/(ridge|logistic|nearest_mean)"
     r"|heatmap/(nmi|entropy_given_class|load_cv)"
     r"|routing/[a-z_]+"
 )
@@ -53,6 +53,7 @@ class Row(Section):
 
     name: str
     arm: str | None = Field(None, description="name of a run file; None: nothing is run for this row")
+    control: str | None = Field(None, description="arm that this row is compared with, in place of the table's")
     printed: tuple[float | None, ...] = Field((), description="the papers' figures, one for each column")
     note: str = Field("", description="why nothing is run, or how arm and printed row differ")
 
@@ -60,7 +61,7 @@ class Row(Section):
 class Table(Section):
     """The table of a pipeline."""
 
-    columns: tuple[Column, ...] = Field(min_length=1)
+    columns: tuple[Column, ...]
     rows: tuple[Row, ...] = Field((), description="none given: every arm")
     paired_with: tuple[str, ...] = Field((), description="the control; of several the first with the figure")
     source: str = Field("", description="where the printed figures stand")
@@ -73,12 +74,19 @@ class Table(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
+        if not self.columns:
+            raise ValueError("columns: there is none")
         for row in self.rows:
             if row.printed and len(row.printed) != len(self.columns):
                 raise ValueError(f"row {row.name}: {len(row.printed)} printed figures for {len(self.columns)} columns")
             if row.arm is None and not row.printed and not row.note:
                 raise ValueError(f"row {row.name}: an arm, a printed figure or a note is needed")
         return self
+
+    def arms(self) -> set[str]:
+        """Return the arms that the table asks for."""
+        named = [name for row in self.rows for name in (row.arm, row.control) if name is not None]
+        return {*named, *self.paired_with}
 
 
 class DataPlaces(Section):
@@ -98,7 +106,13 @@ class Pipeline(Section):
     about: str = Field("", description="what the table is, in a sentence")
     data: DataPlaces = DataPlaces()
     set: tuple[str, ...] = Field((), description="key=value for every run, before its own")
-    runs: tuple[RunEntry, ...] = Field(min_length=1)
+    runs: tuple[RunEntry, ...]
     steps: tuple[Annotated[FewShot | HeatMap, Field(discriminator="verb")], ...] = ()
     table: Table
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _some_runs(self) -> Self:
+        if not self.runs:
+            raise ValueError("runs: there is none")
+        return self

@@ -36,7 +36,7 @@ class Cell:
     Attributes:
         row: Name of the row.
         arm: Name of the arm; None where nothing is run.
-        control: Whether it is what the others are compared with.
+        control: Arm that it is compared with; its own name where it is a control itself.
         printed: The papers' figure.
         note: Why there is no own figure, or no difference.
         done: Runs that the figure is made of.
@@ -50,7 +50,7 @@ class Cell:
 
     row: str
     arm: str | None
-    control: bool = False
+    control: str | None = None
     printed: float | None = None
     note: str = ""
     done: int = 0
@@ -74,7 +74,6 @@ class ColumnOfCells:
 
     column: Column
     figure: Figure
-    control: str | None
     cells: list[Cell]
 
 
@@ -107,7 +106,7 @@ def _column(
     control = next((name for name in pipeline.table.paired_with if name in by_arm and _has(shown, by_arm[name])), None)
     cells, values = [], {}
     for row in rows:
-        cell = Cell(row.name, row.arm, row.arm is not None and row.arm == control, note=row.note)
+        cell = Cell(row.name, row.arm, row.control or control, note=row.note)
         cell.printed = row.printed[index] if row.printed else None
         found = by_arm.get(row.arm or "")
         if found and not _has(shown, found):
@@ -116,14 +115,12 @@ def _column(
             continue
         if found and row.arm is not None:
             cell.planned = len(found)
-            values[row.name] = _own(cell, shown, done[row.arm], out)
+            values[row.arm] = _own(cell, shown, done[row.arm], out)
         cells.append(cell)
-    if control is not None and shown.unit != "runs":
-        reference = next((cell.row for cell in cells if cell.control), None)
-        if reference is not None:
-            _compare(cells, values, reference, shown, done, out)
+    if shown.unit != "runs":
+        _compare(cells, values, shown, done, out)
     _choose(cells, shown)
-    return ColumnOfCells(column, shown, control, cells)
+    return ColumnOfCells(column, shown, cells)
 
 
 def _has(shown: Figure, jobs: Sequence[Job]) -> bool:
@@ -164,25 +161,19 @@ def _estimated(shown: Figure, values: np.ndarray) -> Estimate:
 
 
 def _compare(
-    cells: Iterable[Cell],
-    values: dict[str, pd.DataFrame],
-    reference: str,
-    shown: Figure,
-    done: dict[str, list[Job]],
-    out: Path,
+    cells: Iterable[Cell], values: dict[str, pd.DataFrame], shown: Figure, done: dict[str, list[Job]], out: Path
 ) -> None:
-    """Give every other arm its difference to the control, on the seeds and samples that both have."""
-    control = next(cell for cell in cells if cell.row == reference)
+    """Give every arm its difference to its control, on the seeds and samples that both have."""
     tested = []
     for cell in cells:
-        if cell is control or cell.own is None or control.own is None or cell.arm is None or control.arm is None:
+        if cell.own is None or cell.arm is None or cell.control is None or cell.control == cell.arm:
             continue
-        a, b = values[cell.row].align(values[reference], join="inner")
-        if a.empty or not (a.notna() & b.notna()).to_numpy().any():
+        a, b = values[cell.arm].align(values.get(cell.control, pd.DataFrame()), join="inner")
+        if not (a.notna() & b.notna()).to_numpy().any():
             cell.note = cell.note or "no run in common with the control yet"
             continue
         try:
-            check_alike((job.fold, out / job.folder) for arm in (control.arm, cell.arm) for job in done[arm])
+            check_alike((job.fold, out / job.folder) for arm in (cell.control, cell.arm) for job in done[arm])
         except DataError:
             cell.note = cell.note or "not paired: other data or splits than the control"
             continue
@@ -223,7 +214,7 @@ def as_frame(columns: Sequence[ColumnOfCells]) -> pd.DataFrame:
             line |= {name: (cell.own or {}).get(name) for name in ("value", "low", "high", "n", "seeds")}
             line |= {"runs_done": cell.done, "runs_planned": cell.planned, "guessing": cell.guess}
             line["by_seed"] = " ".join(f"{seed}:{value:.4f}" for seed, value in cell.by_seed.items())
-            line["control"] = part.control
+            line["control"] = cell.control
             names = ("value", "low", "high", "p", "p_holm")
             line |= {f"difference_{name}": (cell.difference or {}).get(name) for name in names}
             line |= {"printed_in_paper": cell.printed, "note": cell.note}

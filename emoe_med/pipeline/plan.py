@@ -109,7 +109,7 @@ def plan(pipeline: Pipeline, path: Path, only: Sequence[str] = ()) -> list[Job]:
             arms[arm.name] = arm
             jobs += [(seeds, job) for seeds, job in _jobs(pipeline, entry, arm, path)]
         except EmoeError as error:
-            if not only or any(fnmatch.fnmatch(_expected_name(entry), pattern) for pattern in only):
+            if not only or any(fnmatch.fnmatch(_expected_name(entry), part.partition("/")[0]) for part in only):
                 faults += error.faults
     if faults:
         raise ConfigError(*faults)

@@ -73,7 +73,7 @@ class Pool:
             for process, *_ in running.values():  # an error of ours: leave nothing behind
                 process.terminate()
         if self._stop:
-            reason = f"stopped with {len(waiting)} runs not started; what ran was saved"
+            reason = f"stopped before {len(waiting)} more were started; what ran was told to save"
             raise Interrupted(self._stop, Fault("PIPE-STOPPED", reason, hint="start it again to go on"))
 
     def _environment(self, slot: int) -> dict[str, str]:

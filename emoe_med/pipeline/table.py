@@ -116,6 +116,8 @@ def _column(
         if found and row.arm is not None:
             cell.planned = len(found)
             values[row.arm] = _own(cell, shown, done[row.arm], out)
+            if done[row.arm] and cell.own is None:
+                continue  # its runs have no such figure
         cells.append(cell)
     if shown.unit != "runs":
         _compare(cells, values, shown, done, out)

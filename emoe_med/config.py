@@ -1,40 +1,30 @@
 """One file is one run: the schema of a run's configuration, and a YAML reader that refuses surprises.
 
 Unknown keys are refused with their exact path; every default that a run used ends up in its `config.yaml`.
-Importing this module loads neither torch nor MONAI; router and expert options are checked against their own
-dataclasses when a file is read.
+Importing this module loads neither torch nor MONAI.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, Tag, ValidationError, model_validator
 
 from emoe_med.errors import ConfigError, Fault
-
-if TYPE_CHECKING:
-    from emoe_med.moe import MoELayer
+from emoe_med.model_config import (
+    KIND,
+    GatingConfig,
+    RoutedConfig,
+    Section,
+    SingleGatedConfig,
+    TransformerConfig,
+    by_kind,
+)
 
 MAX_CONFIG_BYTES = 1_000_000
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DataConfig(Section):
@@ -59,60 +49,6 @@ class AugmentConfig(Section):
     gain: float = Field(0.0, ge=0, le=0.5, description="half-width of a factor on the intensity")
 
 
-class RoutedConfig(Section):
-    """A routed layer: which router, which experts. Each network adds where it stands."""
-
-    num_experts: int = Field(8, ge=1)
-    top_k: int = Field(1, ge=1)
-    router: dict[str, Any] = Field({"kind": "eigen"}, validate_default=True, description="kind and options")
-    experts: dict[str, Any] = Field({"kind": "mlp"}, validate_default=True, description="kind and options")
-    normalise: bool = Field(True, description="layer norm before router and experts; the published code has none")
-
-    @field_validator("router", "experts")
-    @classmethod
-    def _known_options(cls, value: dict[str, Any], info: Any) -> dict[str, Any]:
-        from emoe_med.moe import EXPERTS, ROUTERS
-
-        table = ROUTERS if info.field_name == "router" else EXPERTS
-        kind = value.get("kind")
-        if kind not in table:
-            raise ValueError(f"kind {kind!r} is not one of {', '.join(table)}")
-        _, options = table[kind]
-        given = {key: item for key, item in value.items() if key != "kind"}
-        unknown = given.keys() - options.__dataclass_fields__.keys()
-        if unknown:
-            raise ValueError(f"{kind} has no option {', '.join(sorted(unknown))}")
-        return {"kind": kind, **asdict(TypeAdapter(options).validate_python(given))}
-
-    @model_validator(mode="after")
-    def _enough_experts(self) -> Self:
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k {self.top_k} is larger than num_experts {self.num_experts}")
-        return self
-
-    @model_validator(mode="after")
-    def _experts_with_a_basis(self) -> Self:
-        from emoe_med.moe import EXPERTS, ROUTERS
-
-        if ROUTERS[self.router["kind"]][0].needs_basis and not EXPERTS[self.experts["kind"]][0].has_basis:
-            with_basis = ", ".join(kind for kind, (experts, _) in EXPERTS.items() if experts.has_basis)
-            raise ValueError(f"router {self.router['kind']} needs experts with a basis: kind {with_basis}")
-        return self
-
-    def build(self, width: int) -> MoELayer:
-        """Build the layer for tokens of a given width; random weights come from torch's global generator."""
-        from emoe_med.moe import EXPERTS, ROUTERS, MoELayer
-
-        router, router_options = ROUTERS[self.router["kind"]]
-        experts, expert_options = EXPERTS[self.experts["kind"]]
-        chosen, given = ({k: v for k, v in part.items() if k != "kind"} for part in (self.router, self.experts))
-        return MoELayer(
-            router(width, self.num_experts, self.top_k, router_options(**chosen)),
-            experts(width, self.num_experts, expert_options(**given)),
-            normalise=self.normalise,
-        )
-
-
 class MoEConfig(RoutedConfig):
     """The routed layer of SFCN."""
 
@@ -120,8 +56,9 @@ class MoEConfig(RoutedConfig):
 
 
 class ModelConfig(Section):
-    """SFCN, plain or with one routed layer."""
+    """SFCN: plain, with one routed layer, with gates on its channels (a DeepMoE), or under a single gate."""
 
+    kind: Literal["sfcn"] = "sfcn"
     channels: tuple[Annotated[int, Field(ge=1)], ...] = (32, 64, 128, 256, 256)
     pooled: int = Field(5, ge=0, description="how many blocks halve the map")
     neck: int = Field(64, ge=1)
@@ -129,12 +66,39 @@ class ModelConfig(Section):
     dropout: float = Field(0.5, ge=0, lt=1)
     head: Literal["soft_label", "l1"] = "soft_label"
     moe: MoEConfig | None = None
+    gating: GatingConfig | None = None
+    single_gated: SingleGatedConfig | None = None
 
     @model_validator(mode="after")
     def _layer_in_net(self) -> ModelConfig:
         if self.moe is not None and self.moe.after_block > len(self.channels):
             raise ValueError(f"moe.after_block {self.moe.after_block}: the net has {len(self.channels)} blocks")
+        if self.moe is not None and self.gating is not None:
+            raise ValueError("moe and gating: one of them")
+        if self.single_gated is not None:
+            self.single_gated.check(len(self.channels), {"moe": self.moe, "gating": self.gating})
+            if self.single_gated.tau is not None and self.head == "l1":
+                raise ValueError("single_gated.tau needs head: soft_label; one number does not tell how sure it is")
         return self
+
+
+class VolumeViTConfig(TransformerConfig):
+    """A vision transformer for volumes."""
+
+    kind: Literal["vit"] = "vit"
+    image_size: tuple[int, int, int] = Field(description="voxels of the model's box at data.spacing_mm")
+    head: Literal["soft_label", "l1"] = "soft_label"
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Edges of the input."""
+        return self.image_size
+
+
+AnyModelConfig = Annotated[
+    Annotated[ModelConfig, Tag(f"{KIND}sfcn")] | Annotated[VolumeViTConfig, Tag(f"{KIND}vit")],
+    by_kind("sfcn", "vit"),
+]
 
 
 class TrainingConfig(Section):
@@ -185,10 +149,26 @@ class BrainAgeConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z]([0-9]{0,3}[A-Za-z_.-])*[0-9]{0,3}$", max_length=60)
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
-    model: ModelConfig = ModelConfig()
+    model: AnyModelConfig = ModelConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _epochs_suffice(self) -> Self:
+        if isinstance(self.model, ModelConfig) and self.model.single_gated is not None:
+            self.model.single_gated.base_epochs(self.training.epochs)
+        return self
+
+    @model_validator(mode="after")
+    def _fills_the_box(self) -> Self:
+        from emoe_med.data.register import box_grid
+
+        if isinstance(self.model, VolumeViTConfig):
+            shape, _ = box_grid(self.data.spacing_mm)
+            if shape != self.model.image_size:
+                raise ValueError(f"model.image_size {self.model.image_size}: at this spacing the box is {shape}")
+        return self
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -291,7 +271,7 @@ def read_run(schema: type[Schema], path: Path, assignments: list[str] | None = N
     except ValidationError as error:
         faults = []
         for item in error.errors():
-            where = ".".join(map(str, item["loc"]))
+            where = ".".join(part for part in map(str, item["loc"]) if not part.startswith(KIND))
             faults.append(Fault("CFG-KEY", f"{where}: {item['msg']}", str(path)))
         raise ConfigError(*faults) from error
 

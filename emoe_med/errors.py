@@ -16,7 +16,7 @@ EXIT_CHECKPOINT = 4  # missing, damaged, or of another configuration
 EXIT_DIVERGED = 5  # loss or gradient not finite
 EXIT_STORAGE = 6  # full, read-only or vanished
 EXIT_MEMORY = 7  # device or host memory exhausted
-EXIT_PARTIAL = 8  # finished, but some rows or runs failed
+EXIT_PARTIAL = 8  # finished, but some rows or runs failed, or a self-test found other numbers
 EXIT_SIGINT = 130
 EXIT_SIGTERM = 143
 

@@ -10,11 +10,12 @@ LEVELS = {
     "moe": 1,
     "models": 2,
     "data": 2,
-    "config": 3,
-    "training": 4,
-    "brainage": 5,
-    "vision": 5,
-    "pipeline": 6,
+    "model_config": 3,
+    "config": 4,
+    "training": 5,
+    "brainage": 6,
+    "vision": 6,
+    "pipeline": 7,
 }
 OWNERS = {
     "mlflow": {"training/tracking.py"},
@@ -70,6 +71,15 @@ def test_nothing_unpickles_or_evaluates():
         f"{file}:{line} {name}"
         for file in PACKAGE.rglob("*.py")
         for name, line in imports(file)
-        if name.split(".")[0] in banned
+        if name.split(".")[0] in banned and file.name != "pickled.py"
     ]
     assert not wrong
+
+
+def test_the_one_reader_of_pickles_looks_names_up_in_its_own_list():
+    tree = ast.parse((PACKAGE / "data" / "pickled.py").read_text())
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "pickle"}
+    assert used == {"Unpickler", "UnpicklingError"}
+    (reader,) = (n for n in tree.body if isinstance(n, ast.ClassDef))
+    assert [n.name for n in reader.body if isinstance(n, ast.FunctionDef)] == ["find_class"]
+    assert not any(isinstance(n, ast.Call) and getattr(n.func, "id", "") == "super" for n in ast.walk(reader))

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from emoe_med.brainage.export_cli import export, selftest
 from emoe_med.brainage.manifest_cli import manifest_app
 from emoe_med.brainage.preprocess_cli import preprocess
-from emoe_med.errors import EXIT_PARTIAL, ConfigError, Fault
+from emoe_med.errors import ConfigError, Fault
 from emoe_med.training.cli import say, verb
 
 app = typer.Typer(
@@ -21,6 +22,8 @@ app = typer.Typer(
 )
 app.add_typer(manifest_app, name="manifest")
 app.command()(preprocess)
+app.command()(export)
+app.command()(selftest)
 
 PAGES = ("check.csv", "check.html", "scans.html")  # what `check` writes
 CONFIGS = Path(__file__).parent.parent.parent / "configs" / "brainage"
@@ -141,11 +144,9 @@ def evaluate(
 
 
 def _estimate(found: dict[str, Any]) -> str:
-    if found["value"] is None:
-        return f"undefined: {found['reason']}"
-    if found["low"] is None:
-        return f"{found['value']:.2f} ({found['reason']})"
-    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}], n = {found['n']}"
+    from emoe_med.brainage.metrics import in_words
+
+    return in_words(found)
 
 
 @app.command()
@@ -159,19 +160,17 @@ def predict(
 ) -> None:
     """Predict the age of every scan; a row for each, with status and reason.
 
+    Where the run was trained on what `preprocess` wrote, raw heads go through the same steps first.
     Without a manifest a brain mask is looked for beside each head:
-    *_desc-brain_mask, HEAD_mask, HEAD_brain_mask or T1_brain_mask.
+    *_desc-brain_mask, HEAD_mask, HEAD_brain_mask, T1_brain_mask or brainmask.
     Ages are in years; brain_pad is predicted minus chronological age.
 
     Example: python -m emoe_med.brainage predict --run runs/emoe_4mm/seed0-fold0 -i scans/ -o ages.csv
     """
     from emoe_med.brainage import predict as verbs
 
-    table = verbs.predict(run, source, output, cache or run.parent.parent / "cache", data_root)
-    counts = table["status"].value_counts()
-    say(f"{output}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
-    if counts.get("refused", 0):
-        raise typer.Exit(EXIT_PARTIAL)
+    table = verbs.predict(verbs.Predictor.of_run(run), source, output, cache or run.parent.parent / "cache", data_root)
+    verbs.finish(table, output)
 
 
 @app.command()

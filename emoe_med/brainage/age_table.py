@@ -13,14 +13,19 @@ from emoe_med.errors import DataError, Fault
 class AgeTable:
     """Rows of a table by participant and, where it tells, by session.
 
+    Args:
+        table: CSV or TSV.
+        ages_elsewhere: It may lack ages, because further tables tell them.
+
     Raises:
         DataError: As `read_columns`; ``MAN-TWICE``, one scan has two rows.
     """
 
-    def __init__(self, table: Path) -> None:
+    def __init__(self, table: Path, ages_elsewhere: bool = False) -> None:
         self.by_scan: dict[tuple[str, str], Mapping[str, str]] = {}
         self.people: set[str] = set()
-        self.add(read_columns(table, KNOWN, ("participant_id", "age")), table.name)
+        required = ("participant_id",) if ages_elsewhere else ("participant_id", "age")
+        self.add(read_columns(table, KNOWN, required), table.name)
 
     def add(self, rows: Iterable[tuple[int, Mapping[str, str]]], source: str) -> None:
         """Add lines and their cells, of sessions for example, none of which may be known yet."""

@@ -19,6 +19,7 @@ import pandas as pd
 
 from emoe_med.brainage.check_page import scans_page, thumbnail
 from emoe_med.data.files import replace_file
+from emoe_med.data.flirt import given_matrix
 from emoe_med.data.limits import DEFAULT_LIMITS, VolumeLimits
 from emoe_med.data.manifest import Manifest, Scan, inspect_manifest
 from emoe_med.data.splits import persons, split_faults
@@ -191,6 +192,9 @@ def _look_at(scan: Scan, limits: VolumeLimits, draw: bool) -> _Look:
                 reasons = _misfits(column, other, volume or other)
                 faults += (Fault(code, f"{column}: {reason}", file=str(path)) for code, reason in reasons)
                 mask = other.voxels > 0 if mask is None else mask
+    if scan.transform is not None:
+        with _collected(faults, "transform: "):
+            given_matrix(scan.transform, scan.image)
     if volume is not None and (draw or faults):
         on_grid = mask if mask is not None and mask.shape == volume.voxels.shape else None
         look = replace(look, thumbnail=thumbnail(volume, on_grid))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from emoe_med.brainage.metrics import MIN_PERSONS
+from emoe_med.brainage.strata import decades, first_sessions, named
 from emoe_med.config import BrainAgeConfig
 from emoe_med.data.brain import ChainOptions
 from emoe_med.data.cache import HeadDataset, Reading
@@ -36,6 +39,29 @@ class Cohort:
             val_share=data.val_share,
         )
 
+    def steps(self) -> dict[str, Any] | None:
+        """Return the steps by which `preprocess` made all scans; None where it made none of them.
+
+        Raises:
+            DataError: MAN-STEPS, some rows were made otherwise than the first: a model of them could keep no contract.
+        """
+        made = [sidecar.steps if sidecar else None for sidecar in self.heads.sidecars]
+        faults = [
+            Fault(
+                "MAN-STEPS",
+                f"not preprocessed as row {self.manifest.scans[0].row} was",
+                str(scan.image),
+                scan.row,
+                self.manifest.path.name,
+                hint="run `preprocess` on all scans, and leave what it wrote as it is",
+            )
+            for scan, steps in zip(self.manifest.scans, made, strict=True)
+            if steps != made[0]
+        ]
+        if faults:
+            raise DataError(*faults)
+        return made[0]
+
     def table(self) -> pd.DataFrame:
         """Return row, participant_id, sex and site of the scans, for scoring.
 
@@ -52,32 +78,51 @@ class Cohort:
             }
         )
 
+    def describe(self, indices: Sequence[int]) -> dict[str, dict[str, int | None]]:
+        """Count the persons of some scans by decade of age, sex and site, as a model card may show them.
+
+        Of groups of fewer than `MIN_PERSONS` the count is None.
+        """
+        scans = self.table().assign(age=[scan.age for scan in self.manifest.scans])
+        first = first_sessions(scans.iloc[list(indices)])
+        groups = {"age": decades(first["age"]), "sex": named(first["sex"]), "site": named(first["site"])}
+        counts = {key: names.value_counts().sort_index() for key, names in groups.items()}
+        return {
+            key: {str(name): int(n) if n >= MIN_PERSONS else None for name, n in found.items()}
+            for key, found in counts.items()
+        }
+
 
 def chain_options(config: BrainAgeConfig, manifest: Manifest) -> ChainOptions:
-    """Settle the chain for a manifest: which mask, whether to align.
+    """Settle the chain for a manifest: which mask, and how heads come to the template.
+
+    Linear transforms of the manifest are taken where every row has one.
 
     Raises:
-        DataError: Some rows have a mask or labels and others have none.
+        DataError: Some rows have a mask or labels and others have none; some are warped and others are not.
     """
-    data = config.data
+    data, scans = config.data, manifest.scans
     mask = data.mask
     if mask == "auto":
-        lacking = [scan.row for scan in manifest.scans if scan.mask is None and scan.labels is None]
-        if lacking and len(lacking) < len(manifest.scans):
-            faults = [
-                Fault(
-                    "MAN-MASK",
-                    "no mask or labels while other rows have them",
-                    row=row,
-                    manifest=manifest.path.name,
-                )
-                for row in lacking
-            ]
-            raise DataError(*faults)
+        lacking = [scan.row for scan in scans if scan.mask is None and scan.labels is None]
+        _refuse_some(manifest, lacking, "MAN-MASK", "no mask or labels while other rows have them")
         mask = "head" if lacking else "brain"
-    # the template is a brain: a whole head has nothing to be aligned with
-    align = data.align if mask == "brain" else "centred"
+    warped = [scan.row for scan in scans if scan.warped]
+    _refuse_some(manifest, warped, "MAN-WARPED", "image is warped nonlinearly while others are not")
+    align = data.align
+    if warped:
+        align = "warped"
+    elif mask == "head":
+        align = "centred"  # the template is a brain: a whole head has nothing to be aligned with
+    elif align == "affine" and all(scan.transform for scan in scans):
+        align = "given"
     return ChainOptions(data.spacing_mm / data.oversample, align, mask)
+
+
+def _refuse_some(manifest: Manifest, rows: list[int], code: str, reason: str) -> None:
+    """Refuse rows unless it is none or all of them."""
+    if 0 < len(rows) < len(manifest.scans):
+        raise DataError(*(Fault(code, reason, row=row, manifest=manifest.path.name) for row in rows))
 
 
 def prepare_cohort(

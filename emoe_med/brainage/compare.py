@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from emoe_med.brainage.comparison import compare
+from emoe_med.brainage.conformal import pooled_coverage
 from emoe_med.brainage.evaluate import read_predictions
 from emoe_med.brainage.metrics import DEFAULT_BOOTSTRAP
 from emoe_med.brainage.strata import first_sessions
@@ -26,9 +27,9 @@ def compare_groups(folders: list[Path]) -> tuple[dict[str, Any], str]:
         folders: Folders of arms, each with run folders of any folds and seeds.
 
     Returns:
-        Figures by arm, and the same as a Markdown table. `mae` is the mean over seeds of the error on pooled
+        Figures by arm, and the same as Markdown tables. `mae` is the mean over seeds of the error on pooled
         folds, `mae_ensemble` that of the mean prediction over seeds; intervals are over persons, the
-        difference is paired and Holm-corrected; it holds for the seeds at hand.
+        difference is paired and Holm-corrected; it holds for the seeds at hand. `interval` is `pooled_coverage`.
 
     Raises:
         DataError: An arm has no evaluated run, arms have no run in common, or runs differ in manifest, chain,
@@ -52,6 +53,7 @@ def compare_groups(folders: list[Path]) -> tuple[dict[str, Any], str]:
         found["mae_by_seed"] = {str(seed): float(error) for seed, error in by_seed.items()}
         found["mae_ensemble"] = _ensemble(table)
         found["routing"] = _routing([runs[folder][key] for key in sorted(common)])
+        found["interval"] = pooled_coverage(table)
     return result, _markdown(result)
 
 
@@ -122,7 +124,31 @@ def _markdown(result: dict[str, Any]) -> str:
     left_out = [f"{name}/{run}" for name, found in result.items() for run in found["left_out"]]
     if left_out:
         lines.append(f"Left out, because not every arm has them: {', '.join(left_out)}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_coverage_table(result)])
+
+
+def _coverage_table(result: dict[str, Any]) -> list[str]:
+    """Lay out what the prediction intervals cover and how wide they are, by arm, age and site."""
+    arms = {name: found["interval"] for name, found in result.items() if found["interval"]}
+    if not arms:
+        return []
+    lines = [
+        "",
+        f"| prediction intervals: coverage, width in years | {' | '.join(arms)} |",
+        "|---" * (len(arms) + 1) + "|",
+    ]
+    groups = [("all persons", list(arms.values()))]
+    for key, label in (("by_age", "aged"), ("by_site", "site")):
+        names = sorted({name for found in arms.values() for name in found.get(key, ())})
+        groups += [(f"{label} {name}", [found[key][name] for found in arms.values()]) for name in names]
+    for label, found in groups:
+        cells = (f"{_percent(part['coverage'])}, n = {part['coverage']['n']}; {part['width']:.1f}" for part in found)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def _percent(found: dict[str, Any]) -> str:
+    return f"{found['value']:.0%} [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
 
 
 def _interval(found: dict[str, Any]) -> str:

@@ -71,9 +71,45 @@ def coverage(test: pd.DataFrame, interval: Interval) -> Estimate:
         test: One row a person: age, predicted_age.
         interval: Fitted on other persons.
     """
-    inside = int(((test["predicted_age"] - test["age"]).abs() <= interval.half_width).sum())
-    low, high = stats.binomtest(inside, len(test)).proportion_ci(0.95, method="exact")
-    return {"value": inside / len(test), "low": float(low), "high": float(high), "n": len(test)}
+    return _share((test["predicted_age"] - test["age"]).abs() <= interval.half_width)
+
+
+def _share(inside: pd.Series) -> Estimate:
+    """Return the mean of [P] shares in 0 to 1, one a person, with the interval of Clopper and Pearson 1934."""
+    n, k = len(inside), float(inside.sum())
+    low = stats.beta.ppf(0.025, k, n - k + 1) if k else 0.0
+    high = stats.beta.ppf(0.975, k + 1, n - k) if k < n else 1.0
+    return {"value": k / n, "low": float(low), "high": float(high), "n": n}
+
+
+def pooled_coverage(scans: pd.DataFrame) -> dict[str, Any] | None:
+    """Tell what the intervals of many runs cover of their test persons, and how wide they are, by age and site too.
+
+    Args:
+        scans: Tests of all folds and seeds: participant_id, age, lower, upper, site if known. Of a person whom several
+            seeds tested the share of them counts.
+
+    Returns:
+        ``coverage`` (over persons) and ``width`` (mean, years); the same in ``by_age`` and ``by_site``. None where
+        runs have no intervals.
+    """
+    if "lower" not in scans or scans["lower"].isna().all():
+        return None
+    scans = scans.dropna(subset=["lower", "upper"])
+    scans = scans.assign(
+        inside=scans["age"].between(scans["lower"], scans["upper"]), width=scans["upper"] - scans["lower"]
+    )
+    told_once = {name: "first" for name in ("age", "site") if name in scans}
+    persons = scans.groupby("participant_id").agg({"inside": "mean", "width": "mean", **told_once})
+    strata = {"by_age": decades(persons["age"])}
+    if "site" in persons:
+        strata["by_site"] = named(persons["site"])
+
+    def told(group: pd.DataFrame) -> dict[str, Any]:
+        return {"coverage": _share(group["inside"]), "width": float(group["width"].mean())}
+
+    by = {key: {str(name): told(group) for name, group in persons.groupby(names)} for key, names in strata.items()}
+    return told(persons) | by
 
 
 def with_coverage(metrics: dict[str, Any], test: pd.DataFrame, interval: Interval | None) -> dict[str, Any]:

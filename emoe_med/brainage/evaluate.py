@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch.utils.data import Subset
 
 from emoe_med.brainage.bias import AgeBias, Method, fit_age_bias
 from emoe_med.brainage.cohort import Cohort, prepare_cohort
@@ -15,12 +18,17 @@ from emoe_med.brainage.comparison import paired_difference
 from emoe_med.brainage.conformal import Interval, fit_interval, with_coverage
 from emoe_med.brainage.inference import TrainedModel, predict_scans
 from emoe_med.brainage.metrics import Bootstrap, evaluate
+from emoe_med.brainage.prepared import prepared_like
 from emoe_med.brainage.report import write_report, write_shared_metrics
 from emoe_med.brainage.strata import first_sessions
 from emoe_med.data.contract import contract_digest
 from emoe_med.data.manifest import Manifest
 from emoe_med.errors import DataError, Fault
+from emoe_med.models.deep_moe import DeepMoE
+from emoe_med.models.single_gated import SingleGated
 from emoe_med.training.amend import amend
+from emoe_med.training.channel_report import describe_channels
+from emoe_med.training.gate_report import describe_gate
 from emoe_med.training.progress import counted
 from emoe_med.training.routing_report import describe_routing
 from emoe_med.training.run_folder import replace_file
@@ -49,9 +57,13 @@ def evaluate_run(run_dir: Path, cohort: Cohort, splits: pd.DataFrame) -> dict[st
         for name in ("val", "test")
     }
     metrics = _score(tables, model)
+    bootstrap = Bootstrap(model.config.evaluation.bootstrap)
+    if isinstance(model.net.net, SingleGated):
+        metrics |= gate_report(model, model.net.net, cohort, where["test"], bootstrap)
     if model.net.routed_layers():
-        bootstrap = Bootstrap(model.config.evaluation.bootstrap)
         metrics["routing"] = routing_report(model, cohort, where["test"], bootstrap)
+    if isinstance(model.net.net, DeepMoE):
+        metrics["channels"] = channel_report(model, model.net.net, cohort, where["test"], bootstrap)
     write_predictions(run_dir / "predictions", tables)
     write_metrics(run_dir, metrics)
     return metrics
@@ -80,6 +92,10 @@ def _score(tables: dict[str, pd.DataFrame], model: TrainedModel, method: Method 
     metrics = with_coverage(metrics, tables["test"], interval)
     chain = model.contract["chain"]
     data = {"used": f"the {chain['mask']} alone" if chain["mask"] == "brain" else "the whole head, unaligned"}
+    if steps := model.contract.get("strip", {}).get("prepared"):
+        data["preprocessed"] = (
+            f"{steps['Path']} path; skull strip {steps['SkullStrip']}; bias field {steps['BiasField']}"
+        )
     about = {"synthetic": model.contract["synthetic"], "contract": contract_digest(model.contract)}
     verdicts = tables["test"]["status"].value_counts().to_dict()
     return metrics | about | {"data": data | {"space": chain["space"]}, "verdicts": verdicts}
@@ -100,8 +116,7 @@ def score_again(run_dir: Path, method: Method = "beheshti") -> dict[str, Any]:
         raise DataError(Fault("RUN-METRICS", "this run was not evaluated to its end", str(path), hint=hint))
     metrics = _score(tables, model, method)
     before = json.loads(path.read_text())
-    if "routing" in before:
-        metrics["routing"] = before["routing"]
+    metrics |= {name: before[name] for name in ("routing", "channels", "early_exit") if name in before}
     write_predictions(run_dir / "predictions", tables)
     write_metrics(run_dir, metrics)
     write_reports(run_dir)
@@ -127,6 +142,10 @@ def evaluate_elsewhere(
             of a training person are found only by the eye. Or ``method`` cannot correct the run.
     """
     model = TrainedModel.load(run_dir)
+    scans, unusable = prepared_like(model.contract, manifest.scans, cache_dir, jobs)
+    if unusable:
+        raise DataError(*(replace(fault, manifest=manifest.path.name) for fault in unusable))
+    manifest = replace(manifest, scans=tuple(scans))
     cohort = prepare_cohort(manifest, model.chain(), cache_dir, jobs, counted("reading scans"))
     seen = {*model.contract["seen"], *model.contract.get("seen_voxels", ())}
     faults = [
@@ -226,12 +245,52 @@ def routing_report(model: TrainedModel, cohort: Cohort, indices: list[int], boot
     `mae_without_branch` and `mae_permuted_routing` are gains in error, in years, over the network as it is; all
     of it on the volume as it is, whatever the run averages over.
     """
+    return describe_routing(model.net.routed_layers(), *_judged(model, cohort, indices, bootstrap))
+
+
+def channel_report(
+    model: TrainedModel, net: DeepMoE, cohort: Cohort, indices: list[int], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """Tell which channels are on and what the choice is worth, on given scans; as `routing_report`."""
+    return describe_channels(net, *_judged(model, cohort, indices, bootstrap))
+
+
+def gate_report(
+    model: TrainedModel, whole: SingleGated, cohort: Cohort, indices: list[int], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """Tell what gate, experts and early exit of a single-gated mixture are worth, on given scans.
+
+    Errors are in years, of one scan a person, on the volume as it is, whatever the run averages over; `early_exit` has
+    its curve in years, too.
+    """
+    table = cohort.table().assign(age=[scan.age for scan in cohort.manifest.scans])
+    first = first_sessions(table.iloc[indices])
+    persons = first["participant_id"].to_numpy()
+    counts = list(bootstrap.counts(persons))
+
+    def score(errors: np.ndarray) -> dict[str, Any]:
+        drawn = np.concatenate([part @ errors / part.sum(1) for part in counts])
+        return bootstrap.estimate(float(errors.mean()), drawn, len(np.unique(persons)))
+
+    routing, early_exit = describe_gate(
+        whole,
+        model.inputs(Subset(cohort.heads, first.index.tolist())),
+        error=lambda output, batch: (model.net.head.predict(output).cpu() - batch["age"]).abs(),
+        compare=lambda *pair: paired_difference(*pair, persons, bootstrap),
+        score=score,
+        metric="mae",
+    )
+    return {"routing": {"gate": routing}, "early_exit": early_exit}
+
+
+def _judged(
+    model: TrainedModel, cohort: Cohort, indices: list[int], bootstrap: Bootstrap
+) -> tuple[Callable[[], np.ndarray], Callable[[np.ndarray, np.ndarray], dict[str, Any]], str]:
+    """Return how errors on given scans are made and compared, and the name of their mean."""
+    persons = cohort.table()["participant_id"].to_numpy()[indices]
 
     def errors() -> np.ndarray:
         found = predict_scans(model, cohort.heads, indices, average=False, own=True)
         return (found["predicted_age"] - found["age"]).abs().to_numpy()
 
-    persons = cohort.table()["participant_id"].to_numpy()[indices]
-    return describe_routing(
-        model.net.routed_layers(), errors, lambda *pair: paired_difference(*pair, persons, bootstrap), "mae"
-    )
+    return errors, lambda changed, intact: paired_difference(changed, intact, persons, bootstrap), "mae"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,13 @@ from emoe_med.data.augment import phases, to_model_grid
 from emoe_med.data.brain import ChainOptions
 from emoe_med.data.cache import HeadDataset
 from emoe_med.data.contract import Spread, told
-from emoe_med.data.sidecar import statement
+from emoe_med.data.prepare import odd
+from emoe_med.data.sidecar import other_steps
 from emoe_med.errors import CheckpointError, Fault, VolumeError
 from emoe_med.models.heads import TrainingAges
 from emoe_med.training.checkpoint import CheckpointFolder, load_model_weights
+from emoe_med.training.loader import make_loader, read_batches
+from emoe_med.training.task import Batch, MapDataset
 
 
 @dataclass
@@ -55,14 +58,24 @@ class TrainedModel:
         checkpoint = CheckpointFolder(run_dir).load(config.training.select)
         if checkpoint is None:
             raise CheckpointError(Fault("CKPT-NONE", "this run has no checkpoint", str(run_dir)))
-        contract = checkpoint.state["meta"]
+        return cls.of(config, checkpoint.state["meta"], checkpoint.model, checkpoint.folder)
+
+    @classmethod
+    def of(
+        cls, config: BrainAgeConfig, contract: dict[str, Any], weights: Mapping[str, Tensor], folder: Path
+    ) -> TrainedModel:
+        """Put weights and contract together; ``folder`` is where they lie.
+
+        Raises:
+            CheckpointError: Weights of another shape.
+        """
         net = BrainAgeNet(config.model, TrainingAges(**contract["training_ages"]))
-        load_model_weights(net, checkpoint.model, checkpoint.folder)
+        load_model_weights(net, weights, folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         net = net.eval().to(device).to(memory_format=torch.channels_last_3d)  # ty: ignore[no-matching-overload]
         spread = Spread.from_json(contract.get("fingerprint"))
         familiarity = Familiarity.from_json(contract.get("familiarity"))
-        return cls(net, config, contract, checkpoint.folder, spread, familiarity)
+        return cls(net, config, contract, folder, spread, familiarity)
 
     def chain(self) -> ChainOptions:
         """Return the chain that made the training volumes."""
@@ -94,6 +107,13 @@ class TrainedModel:
         with pooled_features(self.net) as features, torch.autocast(device.type, torch.bfloat16, enabled=low):
             ages, _ = self.net.ages(views, average and evaluation.flip_average)
         return float(ages.mean()), torch.cat(features).mean(0).cpu().numpy()
+
+    def inputs(self, scans: MapDataset) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield collated batches of scans with the images [B, 1, X, Y, Z] that the network sees, as they are."""
+        device = next(self.net.parameters()).device
+        for batch in read_batches(make_loader(scans, self.config.training.batch_size, workers=0)):
+            image = to_model_grid(batch["image"].to(device).float(), self.config.data.oversample)
+            yield batch, image.to(memory_format=torch.channels_last_3d)
 
     def lacking(self) -> list[str]:
         """Tell which checks the checkpoint does not allow."""
@@ -149,7 +169,9 @@ def predict_scans(
         age, features = model.look(entry["image"], average)
         row |= {"predicted_age": age, "similarity": float(entry["similarity"])}
         row["in_training"] = not known.isdisjoint((entry["voxels"], entry["digest"]))
-        row |= _verdict(model, row, entry["fingerprint"].tolist(), features, statement(scan.image))
+        sidecar = heads.sidecars[index]
+        figures = sidecar.figures if sidecar else {}
+        row |= _verdict(model, row, entry["fingerprint"].tolist(), features, heads.stated(index), figures)
         if row["status"] == "refused" and own:
             row["status"] = "check"
         if row["status"] == "refused":
@@ -161,7 +183,12 @@ def predict_scans(
 
 
 def _verdict(
-    model: TrainedModel, row: dict[str, Any], fingerprint: Sequence[float], features: np.ndarray, stated: str
+    model: TrainedModel,
+    row: dict[str, Any],
+    fingerprint: Sequence[float],
+    features: np.ndarray,
+    stated: str,
+    figures: Mapping[str, float],
 ) -> dict[str, Any]:
     """Judge one scan by the contract of a model: ood_score, ood_percentile, status and reason."""
     found: dict[str, Any] = {}
@@ -172,9 +199,10 @@ def _verdict(
         reasons += [told(breaches)] if breaches else []
     elif (lowest := model.contract["similarity"]["low"]) is not None and row["similarity"] < lowest:
         reasons.append("head fits the template worse than any training head")
-    if "strip" in model.contract and stated not in model.contract["strip"]["stated"]:
-        other = "states other steps than the training scans" if stated else "states none, unlike the training scans"
+    if "strip" in model.contract and (other := other_steps(stated, list(model.contract["strip"]["stated"]))):
         reasons.append(f"preprocessing: {other}")
+    if figures and (why := odd(figures)):
+        reasons.append(f"preprocessing: {why}")
     if model.familiarity is not None:
         score = model.familiarity.score(features[None])
         found |= {"ood_score": float(score[0]), "ood_percentile": float(model.familiarity.percentile(score)[0])}
@@ -196,7 +224,7 @@ def _reason(error: VolumeError) -> str:
 def pooled_features(net: BrainAgeNet):
     """Collect the features [B, F] before the last layer of every forward pass."""
     seen: list[Tensor] = []
-    handle = net.net.dropout.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(1).float()))
+    handle = net.last.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(1).float()))
     try:
         yield seen
     finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from emoe_med.brainage.check import Check
 from emoe_med.brainage.inference import TrainedModel
+from emoe_med.brainage.prepared import prepared_like
 from emoe_med.data.cache import HeadDataset, Reading
 from emoe_med.data.contract import told
 from emoe_med.data.fingerprint import MEASURES
@@ -42,9 +43,11 @@ def judge_by(run_dir: Path, cache_dir: Path, jobs: int = 0) -> Callable[[Check],
     def judge(check: Check) -> Check:
         faulty = {fault.row for fault in check.faults}
         scans = [scan for scan in (check.manifest.scans if check.manifest else ()) if scan.row not in faulty]
-        readings = HeadDataset(scans, model.chain(), cache_dir).build(jobs, counted("against the contract"))
-        pairs = zip(scans, readings, strict=True)
-        return _judged(check, {str(scan.row): _judgement(model, scan.row, reading) for scan, reading in pairs})
+        usable, unusable = prepared_like(model.contract, scans, cache_dir, jobs)
+        readings = HeadDataset(usable, model.chain(), cache_dir).build(jobs, counted("against the contract"))
+        found = {scan.row: reading for scan, reading in zip(usable, readings, strict=True)}
+        found |= {fault.row: Reading(fault) for fault in unusable if fault.row is not None}
+        return _judged(check, {str(row): _judgement(model, row, reading) for row, reading in found.items()})
 
     return judge
 

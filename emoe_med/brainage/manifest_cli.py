@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from emoe_med.training.cli import say, verb
 
+Runs = Literal["first", "last", "all"]
 manifest_app = typer.Typer(no_args_is_help=True, help="Build a manifest from scans and a table of ages.")
 
 
@@ -18,14 +19,15 @@ def manifest_bids(
     folder: Annotated[Path, typer.Argument(help="BIDS data set or derivative")],
     output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
     table: Annotated[Path | None, typer.Option("--table", help="ages; default participants.tsv")] = None,
+    runs: Annotated[Runs, typer.Option("--runs", help="which scans of one session: first, last or all runs")] = "first",
 ) -> None:
-    """From a BIDS tree and its participants.tsv, with brain masks where they lie beside the images.
+    """From a BIDS tree, its participants.tsv and sub-*_sessions.tsv, with the brain masks beside the images.
 
     Example: python -m emoe_med.brainage manifest bids /data/ds000001 -o manifest.csv
     """
-    from emoe_med.brainage.build_manifest import from_bids
+    from emoe_med.brainage.manifest_bids import from_bids
 
-    _write_manifest(from_bids(folder, table), output, folder)
+    _write_manifest(from_bids(folder, table, runs), output, folder)
 
 
 @manifest_app.command("glob")
@@ -41,7 +43,7 @@ def manifest_glob(
 
     Example: python -m emoe_med.brainage manifest glob scans --table ages.csv --pattern '*_T1w.nii.gz' -o manifest.csv
     """
-    from emoe_med.brainage.build_manifest import from_glob
+    from emoe_med.brainage.manifest_glob import from_glob
 
     _write_manifest(from_glob(folder, pattern, table, mask), output, folder)
 
@@ -49,18 +51,18 @@ def manifest_glob(
 @manifest_app.command("ukb")
 @verb
 def manifest_ukb(
-    bulk: Annotated[Path, typer.Option("--bulk", help="folder of <eid>_20252_<instance>_0 folders")],
+    bulk: Annotated[Path, typer.Option("--bulk", help="folder of <eid>_20252_<instance>_0 folders or zips")],
     table: Annotated[
         Path, typer.Option("--table", help="table of eid and fields 21003, 31, 54; better also 53, 34, 52")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write")],
     warped: Annotated[bool, typer.Option("--warped", help="use the nonlinearly warped T1_brain_to_MNI")] = False,
 ) -> None:
-    """From UK Biobank bulk folders and a table of fields; instances 2 and 3.
+    """From UK Biobank bulk items, unzipped or zipped, and a table of fields; instances 2 and 3.
 
     Example: python -m emoe_med.brainage manifest ukb --bulk bulk --table fields.csv -o ukb_mine.csv
     """
-    from emoe_med.brainage.build_manifest import from_ukb
+    from emoe_med.brainage.manifest_ukb import from_ukb
 
     _write_manifest(from_ukb(bulk, table, warped), output, bulk)
 

@@ -63,6 +63,15 @@ class Bootstrap:
 DEFAULT_BOOTSTRAP = Bootstrap()
 
 
+def in_words(found: Estimate) -> str:
+    """Return an estimate with its interval as a person reads it, or why there is none."""
+    if found["value"] is None:
+        return f"undefined: {found['reason']}"
+    if found["low"] is None:
+        return f"{found['value']:.2f} ({found['reason']})"
+    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}], n = {found['n']}"
+
+
 def accuracy(
     age: np.ndarray,
     predicted_age: np.ndarray,

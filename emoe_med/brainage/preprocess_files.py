@@ -6,7 +6,6 @@ when its sidecar is there and every digest holds.
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import json
 import re
@@ -18,7 +17,7 @@ import numpy as np
 
 from emoe_med.brainage.preprocess_page import picture
 from emoe_med.data.files import replace_file
-from emoe_med.data.prepare import EXTRA, SPACE, Preparation, Prepared
+from emoe_med.data.prepare import EXTRA, SPACE, Preparation, Prepared, version
 from emoe_med.data.scan import Scan
 from emoe_med.data.volume import file_digest, write_volume
 from emoe_med.errors import VolumeError
@@ -120,7 +119,8 @@ def write_outputs(
     np.savetxt(text, prepared.matrix, fmt="%.10f")
     replace_file(out / outputs.matrix, text.getvalue().encode())
     replace_file(out / outputs.picture, picture(prepared))
-    sidecar = {**_statement(preparation), "QualityControl": prepared.figures, "InputSha256": dict(inputs)}
+    sidecar = {**_statement(preparation), "Matrix": prepared.matrix.tolist(), "QualityControl": prepared.figures}
+    sidecar["InputSha256"] = dict(inputs)
     sidecar["OutputSha256"] = _digests(out, outputs)
     replace_file(out / outputs.sidecar, json.dumps(sidecar, indent=1).encode())
 
@@ -130,7 +130,7 @@ def _statement(preparation: Preparation) -> dict[str, Any]:
     tools = ["emoe-med", *(EXTRA if preparation.path == "full" else ())]
     return {
         "SkullStripped": True,
-        "GeneratedBy": [{"Name": name, "Version": importlib.metadata.version(name)} for name in tools],
+        "GeneratedBy": [{"Name": name, "Version": version(name)} for name in tools],
         "Steps": preparation.steps(),
         "ChainHash": preparation.digest(),
         "Transform": _DIRECTION,
@@ -147,6 +147,6 @@ def description() -> bytes:
         "Name": "T1w heads in MNI space",
         "BIDSVersion": "1.10.0",
         "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": "emoe-med", "Version": importlib.metadata.version("emoe-med")}],
+        "GeneratedBy": [{"Name": "emoe-med", "Version": version("emoe-med")}],
     }
     return json.dumps(content, indent=1).encode()

@@ -127,12 +127,18 @@ def _without_small_groups(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_shared_metrics(run_dir: Path) -> Path:
-    """Write ``report/shared/metrics.json``: what metrics.json holds, without small groups and exact ages."""
+def shared_metrics(run_dir: Path) -> dict[str, Any]:
+    """Return what metrics.json of an evaluated run holds, without small groups and exact ages."""
     metrics = _without_small_groups(json.loads((run_dir / "metrics.json").read_text("utf-8")))
     for found in (metrics.get("counts") or {}).values():
         found.pop("age_low", None)
         found.pop("age_high", None)
+    return metrics
+
+
+def write_shared_metrics(run_dir: Path) -> Path:
+    """Write ``report/shared/metrics.json``: see `shared_metrics`."""
+    metrics = shared_metrics(run_dir)
     path = run_dir / "report" / "shared" / "metrics.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(metrics, indent=1) + "\n").encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -15,8 +16,11 @@ from emoe_med.config import BrainAgeConfig
 from emoe_med.data.augment import AugmentOptions, augment, to_model_grid
 from emoe_med.data.cache import HeadDataset
 from emoe_med.data.memory import Held
+from emoe_med.model_config import GatingConfig
+from emoe_med.models.deep_moe import DeepMoE
 from emoe_med.models.heads import TrainingAges
 from emoe_med.moe import RoutingStats
+from emoe_med.training.channel_report import ChannelUse
 from emoe_med.training.task import MapDataset
 
 
@@ -50,11 +54,26 @@ class BrainAgeTask:
         self.val_data: MapDataset = Subset(held, val)
         self.digests: Mapping[str, str] = dict(digests)
         self.meta = {**(meta or {}), "training_ages": asdict(self.ages)}
+        self.gating: GatingConfig | None = getattr(config.model, "gating", None)
         self.augment = AugmentOptions(**config.augment.model_dump())
 
     def build_model(self) -> BrainAgeNet:
         """Build the network; weights follow from torch's seed."""
         return BrainAgeNet(self.config.model, self.ages)
+
+    def plain(self) -> BrainAgeTask:
+        """Return the same task for the base of a single-gated mixture alone."""
+        task, model = copy(self), self.config.model.model_copy(update={"single_gated": None})
+        task.config = self.config.model_copy(update={"model": model})
+        return task
+
+    def inside(self, model: BrainAgeNet) -> nn.Module:
+        """Return the network in a model, without its head."""
+        return model.net
+
+    def around(self, network: nn.Module) -> BrainAgeNet:
+        """Return a model with this network in it."""
+        return BrainAgeNet(self.config.model, self.ages, network)
 
     def prepare(self, batch: dict[str, Any], train: bool, keys: Tensor) -> dict[str, Any]:
         """Bring images [B, 1, kX, kY, kZ] to the model's grid, changed at random in training only."""
@@ -65,34 +84,57 @@ class BrainAgeTask:
             image = to_model_grid(image.float(), oversample)
         return {**batch, "image": image}
 
+    def begin_epoch(self, model: BrainAgeNet, epoch: int) -> None:
+        """Hold the gating of a DeepMoE still in its second stage."""
+        if isinstance(model.net, DeepMoE) and self.gating is not None:
+            model.net.hold_gating(self.gating.holds(epoch, self.config.training.epochs))
+
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss to minimise, weighted as the manifest says, and its parts."""
         network: Any = getattr(model, "module", model)  # under several ranks the model is wrapped
         out = model(batch["image"])
-        errors = network.head.loss(out.output, batch["age"])
-        task = (batch["weight"] * errors).sum() / batch["weight"].sum()
-        return task + out.aux_loss, {"task": task.detach(), "aux": out.aux_loss.detach()}
+        task = _weighted(network.head.loss(out.output, batch["age"]), batch)
+        loss, parts = task + out.aux_loss, {"task": task.detach(), "aux": out.aux_loss.detach()}
+        if self.gating is None:
+            return loss, parts
+        side = task.new_zeros(())
+        if out.side_output is not None:
+            side = _weighted(network.head.loss(out.side_output, batch["age"]), batch)
+        return loss + self.gating.embedding_loss * side, {**parts, "embedding": side.detach()}
 
     def validate(self, model: BrainAgeNet, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """Return error and routing statistics over the validation scans."""
         errors, stats = [], {}
+        use = ChannelUse(model.net) if isinstance(model.net, DeepMoE) else None
         for batch in batches:
             age, out = model.ages(batch["image"], self.config.evaluation.flip_average)
             errors.append(age.cpu() - batch["age"].cpu())
             for name, routing in out.routing.items():
                 stats.setdefault(name, RoutingStats(routing.probs.shape[1])).update(routing)
+            if use is not None:
+                use.update(batch["image"], out.gates)
         error = torch.cat(errors)
         metrics = {"val/mae": float(error.abs().mean()), "val/mean_error": float(error.mean())}
-        for layer in stats.values():
-            summary = layer.summary()
-            metrics |= {f"expert/{key[5:]}/load": v for key, v in summary.items() if key.startswith("load/")}
-            metrics |= {f"router/{key}": summary[key] for key in ("cv", "entropy", "margin", "dead")}
-        return metrics
+        for name, layer in stats.items():
+            summary, place = layer.summary(), _place(name, stats)
+            metrics |= {f"expert/{place}{key[5:]}/load": v for key, v in summary.items() if key.startswith("load/")}
+            metrics |= {f"router/{place}{key}": summary[key] for key in ("cv", "entropy", "margin", "dead")}
+        return metrics if use is None else metrics | use.metrics()
 
     def end_of_epoch(self, model: BrainAgeNet) -> dict[str, float]:
         """Return what the routed layers tell of themselves: scale of the branch, health of the basis."""
-        metrics = {}
-        for layer in model.routed_layers().values():
-            metrics["router/alpha"] = float(layer.alpha.detach())
-            metrics |= {f"router/{key}": value for key, value in layer.router.health().items()}
+        metrics, layers = {}, model.routed_layers()
+        for name, layer in layers.items():
+            place = _place(name, layers)
+            metrics[f"router/{place}alpha"] = float(layer.alpha.detach())
+            metrics |= {f"router/{place}{key}": value for key, value in layer.router.health().items()}
         return metrics
+
+
+def _weighted(errors: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    return (batch["weight"] * errors).sum() / batch["weight"].sum()
+
+
+def _place(name: str, layers: Mapping[str, Any]) -> str:
+    """Name the layer of a metric where there are several."""
+    return f"{name}/" if len(layers) > 1 else ""

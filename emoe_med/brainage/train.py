@@ -30,9 +30,9 @@ from emoe_med.training.arm import (
     is_done,
     tracked,
 )
-from emoe_med.training.loop import fit
 from emoe_med.training.progress import counted
 from emoe_med.training.run_folder import replace_file
+from emoe_med.training.single_gated import fit_run
 
 LOG = logging.getLogger("emoe_med")
 
@@ -74,6 +74,7 @@ def train(
     if config.data.spacing_mm < 2 and not torch.cuda.is_available():
         LOG.warning("note: this is a preset for a GPU and there is none; configs/brainage/*_4mm.yaml suit a CPU")
     cohort = prepare_cohort(manifest, chain, cache_dir, jobs, counted("reading scans"))
+    cohort.steps()  # one for all, before anything is learned
     digests = {fold: _digests(config, cohort, fold) for fold in folds}
     for fold, run_dir in zip(folds, run_dirs, strict=True):
         check_same(run_dir, digests[fold])
@@ -126,11 +127,17 @@ def _train_fold(
     meta = {
         "chain": cohort.heads.options.contract(),
         "manifest": cohort.manifest.sha256,
-        "strip": strip_statement([scans[index] for index in where["train"]], cohort.heads.options.mask),
+        "strip": strip_statement(
+            [scans[index] for index in where["train"]],
+            [cohort.heads.stated(index) for index in where["train"]],
+            cohort.heads.options.mask,
+        )
+        | {"prepared": cohort.steps()},
         "fingerprint": Spread.of(np.array([cohort.readings[index].fingerprint for index in where["train"]])).to_json(),
         "similarity": _similarity(cohort, where["train"]),
         "seen": sorted(cohort.readings[index].content for index in where["train"] + where["val"]),
         "seen_voxels": sorted(cohort.readings[index].voxels for index in where["train"] + where["val"]),
+        "persons": cohort.describe(where["train"]),
         "synthetic": synthetic,
     }
     task = BrainAgeTask(config, cohort.heads, where["train"], where["val"], digests, meta)
@@ -140,7 +147,8 @@ def _train_fold(
         replace_file(run_dir / "splits.csv", splits.to_csv(index=False).encode())
         tracker.params(flat(config.model_dump(mode="json")))
         tracker.tags({"arm": config.name, "fold": fold, "seed": config.training.seed, "synthetic": synthetic})
-        result = fit(task, config.training, run_dir, tracker, resume)
+        gated = getattr(config.model, "single_gated", None)
+        result = fit_run(task, config.training, gated, run_dir, tracker, resume)
         metrics = evaluate_run(run_dir, cohort, splits)
         tracker.metrics(result.step, headline(metrics))
         page, figures = write_reports(run_dir)

@@ -1,7 +1,7 @@
 """From a scan on disk to the tensor that a network sees: the deterministic chain.
 
 strict read -> RAS -> brain mask -> affine to the template (or centring) -> area resampling -> intensity.
-Nothing random happens here.
+A volume that `preprocess` wrote is in the model's space already and is not aligned again. Nothing random happens here.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,8 +21,10 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, MapTransform, Transform
 from scipy import ndimage
 
+from emoe_med.data import flirt
 from emoe_med.data.fingerprint import FINGERPRINT_VERSION, fingerprint
-from emoe_med.data.register import align_affine, box_grid, resample
+from emoe_med.data.register import align_affine, box_grid, resample, similarity_of
+from emoe_med.data.sidecar import Sidecar
 from emoe_med.data.volume import StrictReader, Volume, voxel_digest
 from emoe_med.errors import Fault, VolumeError
 
@@ -37,19 +40,20 @@ class ChainOptions:
 
     Attributes:
         spacing_mm: voxel edge of the cached volumes; it divides the box of 160 x 192 x 160 mm.
-        align: `affine` takes each head to the MNI152 template by 12 degrees of freedom; `centred` only moves
-            its centre there, and MNI atlases then do not apply.
+        align: `affine` takes each head to the MNI152 template by 12 degrees of freedom; `given` takes it there by
+            the manifest's linear transform; `warped` leaves it, because a nonlinear warp brought it there before;
+            `centred` only moves its centre there, and MNI atlases then do not apply.
         mask: `brain` keeps the voxels of the manifest's mask (or labels > 0); `head` keeps the whole head.
     """
 
     spacing_mm: float = 1.0
-    align: Literal["affine", "centred"] = "affine"
+    align: Literal["affine", "given", "warped", "centred"] = "affine"
     mask: Literal["brain", "head"] = "brain"
 
     @property
     def space(self) -> str:
         """Name of the space that the volumes are in, for file names and reports."""
-        return "MNI152NLin2009aSym" if self.align == "affine" else "centred"
+        return {"affine": "MNI152NLin2009aSym", "centred": "centred"}.get(self.align, flirt.SPACE)
 
     def contract(self) -> dict[str, Any]:
         """Tell what a scan went through; a model is applied only to scans that went the same way."""
@@ -67,6 +71,16 @@ class ChainOptions:
         """Return what the cache key says of the chain."""
         text = json.dumps([float(self.spacing_mm), self.align, self.mask, CHAIN_VERSION])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class ReadGiven(Transform):
+    """Put the matrix of a given linear transform, template RAS mm -> subject RAS mm, in the place of its path."""
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the item, its `transform` [4, 4] where it has one."""
+        if "transform" not in data:
+            return dict(data)
+        return {**data, "transform": flirt.given_matrix(Path(data["transform"]), Path(data["image"]))}
 
 
 class BrainToBoxd(MapTransform):
@@ -90,7 +104,8 @@ class BrainToBoxd(MapTransform):
         image = data["image"]
         voxels, affine = np.asarray(image[0]), np.asarray(image.affine)
         mask = self._mask(voxels, affine, data.get("mask"))
-        matrix, similarity = self._matrix(voxels, affine, mask)
+        written = Sidecar.read(Path(data["sidecar"])) if "sidecar" in data else None
+        matrix, similarity = self._matrix(voxels, affine, mask, written, data.get("transform"))
         shape, grid = box_grid(self.options.spacing_mm)
         brain = resample(np.where(mask, voxels, 0), affine, matrix, grid, shape)
         share = resample(mask.astype(np.float32), affine, matrix, grid, shape)
@@ -98,7 +113,8 @@ class BrainToBoxd(MapTransform):
         mean = brain / (np.maximum(share, 0.5) * voxels[mask].mean())
         normal = np.where(share >= 0.5, np.clip((mean - 1) / 0.25, -4, 3), 0)
         normal = normal.astype(np.float32)
-        measured = fingerprint(voxels, affine, mask, matrix, similarity, normal, self.options.spacing_mm)
+        to_scanner = written.matrix if written else matrix
+        measured = fingerprint(voxels, affine, mask, to_scanner, similarity, normal, self.options.spacing_mm)
         return {
             "image": torch.from_numpy(normal)[None],
             "similarity": torch.tensor(similarity),
@@ -124,7 +140,22 @@ class BrainToBoxd(MapTransform):
             raise VolumeError(Fault("VOL-MASK", "mask covers no signal of the image"))
         return mask
 
-    def _matrix(self, voxels: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, float]:
+    def _matrix(
+        self,
+        voxels: np.ndarray,
+        affine: np.ndarray,
+        mask: np.ndarray,
+        written: Sidecar | None,
+        given: np.ndarray | None,
+    ) -> tuple[np.ndarray, float]:
+        if written:
+            shape, grid = box_grid(written.steps["SpacingMm"])
+            if shape != voxels.shape or not np.allclose(grid, affine, atol=1e-3):
+                raise VolumeError(Fault("VOL-SPACE", "the sidecar names the model's space, the grid is another"))
+        if written or self.options.align == "warped":
+            given = np.eye(4)
+        if given is not None:
+            return given, similarity_of(voxels, affine, mask, given)
         if self.options.align == "affine":
             alignment = align_affine(voxels, affine, mask)
             return alignment.matrix, alignment.similarity
@@ -178,6 +209,6 @@ def entry_seal(entry: Mapping[str, Any]) -> str:
 
 
 def make_chain(options: ChainOptions) -> Compose:
-    """Compose the deterministic chain for items {"image": path, "mask": path (optional)}."""
+    """Compose the deterministic chain for items {"image": path}, with "mask", "sidecar", "transform" where they are."""
     load = LoadImaged(keys=["image", "mask"], reader=StrictReader, ensure_channel_first=True, allow_missing_keys=True)
-    return Compose([load, BrainToBoxd(options), ToCacheEntry()])
+    return Compose([ReadGiven(), load, BrainToBoxd(options), ToCacheEntry()])

@@ -18,6 +18,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from emoe_med.data.brain import CHAIN_VERSION, ChainOptions, entry_digest, entry_seal, make_chain
 from emoe_med.data.manifest import Scan
+from emoe_med.data.opening import split_member
+from emoe_med.data.sidecar import Sidecar, statement, vouching
 from emoe_med.data.volume import file_digest
 from emoe_med.errors import Fault, VolumeError
 
@@ -44,12 +46,13 @@ class FileDigests:
                     self.known[key] = digest
 
     def of(self, path: Path) -> str:
-        """Return the SHA-256 of a file's bytes."""
+        """Return the SHA-256 of the bytes of a file or of a member of a zip archive."""
+        file, member = split_member(path)
         try:
-            stat = path.stat()
+            stat = file.stat()
         except OSError as error:
             raise VolumeError(Fault("VOL-MISSING", error.strerror or "cannot be read", str(path))) from error
-        stamp = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        stamp = f"{file.resolve() / member}|{stat.st_size}|{stat.st_mtime_ns}"
         key = hashlib.sha256(stamp.encode()).hexdigest()
         if key not in self.known:
             self.known[key] = file_digest(path)
@@ -58,12 +61,31 @@ class FileDigests:
         return self.known[key]
 
 
+def refuse_misfit(scan: Scan, options: ChainOptions) -> None:
+    """Refuse a scan that came another way to the template than the chain takes for granted.
+
+    Raises:
+        VolumeError: CON-WARPED, or VOL-TRANSFORM where the manifest gives none.
+    """
+    if scan.warped and options.align != "warped":
+        reason = "image was warped nonlinearly to a template, which takes signs of age away; unwarped heads are wanted"
+        raise VolumeError(Fault("CON-WARPED", reason, hint="take the native image"))
+    if options.align == "warped" and not scan.warped:
+        reason = "image is not warped nonlinearly to the template, as all scans of this model are"
+        raise VolumeError(Fault("CON-WARPED", reason, hint="see the column `warped` of the manifest"))
+    if options.align == "given" and scan.transform is None:
+        raise VolumeError(
+            Fault("VOL-TRANSFORM", "no linear transform in the manifest, as all scans of this model have")
+        )
+
+
 class HeadDataset(PersistentDataset):
     """Volumes of scans in the model's space, through the cache, with age and row joined afterwards.
 
     `dataset[i]` gives image [1, X, Y, Z] float16, similarity [] float32, age [] float32 in years (NaN where
-    unknown), weight [] float32 and row [] int64. The cache is keyed by the content of image and mask and by the
-    chain; an entry whose digest is wrong is removed and made anew.
+    unknown), weight [] float32 and row [] int64. The cache is keyed by the content of image, mask, sidecar and given
+    transform and by the chain; an entry whose digest is wrong is removed and made anew. `sidecars[i]` is what vouches
+    that a scan is in the model's space already; None for all others.
 
     Raises:
         VolumeError: From `dataset[i]`, with the manifest row, where the scan cannot be used.
@@ -76,14 +98,31 @@ class HeadDataset(PersistentDataset):
         self.options = options
         self.folder = folder
         self.digests = FileDigests(cache_dir / "file-digests.txt")
-        items = [self._item(scan) for scan in scans]
+        self.sidecars = [self._sidecar(scan) for scan in scans]
+        items = [self._item(scan, sidecar) for scan, sidecar in zip(scans, self.sidecars, strict=True)]
         super().__init__(items, make_chain(options), folder, hash_func=self._key, weights_only=True)
 
-    def _item(self, scan: Scan) -> dict[str, str]:
-        mask = scan.mask or scan.labels
-        if mask is None or self.options.mask == "head":
-            return {"image": str(scan.image)}
-        return {"image": str(scan.image), "mask": str(mask)}
+    def _sidecar(self, scan: Scan) -> Sidecar | None:
+        """Return what vouches that a scan is in the model's space already."""
+        if self.options.align != "affine" or self.options.mask != "brain":
+            return None
+        sidecar = vouching(scan.image, scan.mask or scan.labels, self.digests.of)
+        return sidecar if sidecar and sidecar.steps.get("Space") == self.options.space else None
+
+    def _item(self, scan: Scan, sidecar: Sidecar | None) -> dict[str, str]:
+        item = {"image": scan.image}
+        if self.options.mask == "brain" and (mask := scan.mask or scan.labels):
+            item["mask"] = mask
+        if sidecar and "mask" in item:
+            item["sidecar"] = sidecar.file
+        if self.options.align == "given" and scan.transform:
+            item["transform"] = scan.transform
+        return {name: str(path) for name, path in item.items()}
+
+    def stated(self, index: int) -> str:
+        """Return what a scan states of its preprocessing; of what `preprocess` wrote, only where it is unaltered."""
+        sidecar = self.sidecars[index]
+        return sidecar.statement() if sidecar else statement(self.scans[index].image)
 
     def _key(self, item: Mapping[str, str]) -> bytes:
         digests = [self.digests.of(Path(path)) for path in item.values()]
@@ -104,6 +143,7 @@ class HeadDataset(PersistentDataset):
         """Return the cache entry of a scan: image, similarity, matrix, fingerprint, digests of both."""
         scan = self.scans[index]
         try:
+            refuse_misfit(scan, self.options)
             if scan.sha256 not in (None, self.digests.of(scan.image)):
                 raise VolumeError(Fault("VOL-DIGEST", "sha256 differs from the manifest's", str(scan.image)))
             return self._checked(self.data[index])

@@ -61,11 +61,12 @@ _LEAST = {
     "dark": 0.004,
     "mode": 0.01,
     "anisotropy": 0.02,
+    "shell": 0.02,
     "scale": 0.01,
     "stretch": 0.02,
     "tilt_deg": 5.0,
 }
-_RELATIVE = 0.01  # of the median, for all others
+_RELATIVE = 0.01  # of the median, for all others; of 0.1 where it is smaller
 # beyond `REFUSE` these leave no head to speak of; the others may be a worse scan of one
 _DECISIVE = {"volume_ml", "negative", "stretch", "similarity", "overlap", "p01", "p50", "p99"}
 
@@ -143,7 +144,8 @@ class Spread:
         step = below if value < at[50] else above
         if step is None:
             return Breach(name, "", value, at[5], at[95], 0.0)
-        width = max(at[50] - at[5] if value < at[50] else at[95] - at[50], _LEAST.get(name, _RELATIVE * abs(at[50])))
+        least = _LEAST.get(name, _RELATIVE * max(abs(at[50]), 0.1))
+        width = max(at[50] - at[5] if value < at[50] else at[95] - at[50], least)
         allowed = FLAG * (1 + FEW / self.scans) * width
         distance = abs(value - at[50]) / allowed if math.isfinite(value) else math.inf
         return Breach(name, step, value, at[5], at[95], distance)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import stat
 import zlib
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import NoReturn
+from zipfile import ZipExtFile
 
 import numpy as np
 
@@ -37,49 +35,13 @@ _KINDS = (  # offset, magic, what it is: met under the name of a volume
 DICOM_HINT = "make one file of a folder of DICOM files: dcm2niix -z y -b y -o OUT FOLDER"
 KIND_HINTS = {"DICOM": DICOM_HINT}
 _CHUNK_BYTES = 1 << 18
-_MAX_INFLATION = 1032  # deflate codes at most 258 bytes in 2 bits
+MAX_INFLATION = 1032  # deflate codes at most 258 bytes in 2 bits
 _MAX_TAIL_BYTES = 64 << 10  # read beyond the expected end before giving up
 
 
 def refuse(code: str, reason: str, hint: str | None = None) -> NoReturn:
-    """Raise the refusal of a file; `opened` adds its name."""
+    """Raise the refusal of a file; `opening.opened` adds its name."""
     raise VolumeError(Fault(code, reason, hint=hint))
-
-
-@contextmanager
-def opened(path: Path) -> Generator[BufferedReader]:
-    """Open a regular, filled file; every refusal raised in the block names it.
-
-    Raises:
-        VolumeError: VOL-MISSING, VOL-KIND, VOL-EMPTY, or what the block refused.
-    """
-    try:
-        status = _status(path)
-        if not stat.S_ISREG(status.st_mode):  # asked before open: a FIFO would block, a device might act
-            refuse("VOL-KIND", f"is a {_kind(status.st_mode)}, not a file")
-        if status.st_size == 0:
-            refuse("VOL-EMPTY", "holds no bytes")
-        with path.open("rb") as file:
-            yield file
-    except VolumeError as error:
-        raise VolumeError(*(replace(fault, file=str(path)) for fault in error.faults)) from error.__cause__
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror or error})"
-        raise VolumeError(Fault("VOL-MISSING", reason, file=str(path))) from error
-
-
-def _status(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except FileNotFoundError:
-        refuse("VOL-MISSING", "is not there")
-    except ValueError as error:
-        refuse("VOL-MISSING", f"cannot be a file name ({error})")
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "folder", stat.S_IFSOCK: "socket", stat.S_IFIFO: "FIFO"}
-    return kinds.get(stat.S_IFMT(mode), "device")
 
 
 def kind_of(head: bytes) -> str:
@@ -112,7 +74,7 @@ def check_name(name: str, head: bytes, packed: bool) -> None:
 
 
 class ByteStream:
-    """The content of a plain or gzip file, in order, told apart by its first bytes.
+    """The content of a plain or gzip file of ``size`` bytes, in order, told apart by its first bytes.
 
     Attributes:
         packed: True for gzip.
@@ -120,11 +82,10 @@ class ByteStream:
         capacity: The most bytes that a file of this size can hold.
     """
 
-    def __init__(self, file: BufferedReader) -> None:
+    def __init__(self, file: BufferedReader | ZipExtFile, size: int) -> None:
         self._file = file
-        self.packed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
-        file.seek(0)
-        self.capacity = os.fstat(file.fileno()).st_size * (_MAX_INFLATION if self.packed else 1)
+        self.packed = file.peek(len(GZIP_MAGIC)).startswith(GZIP_MAGIC)
+        self.capacity = size * (MAX_INFLATION if self.packed else 1)
         self.position = 0
         self._waiting = b""  # packed bytes that were read, but not yet inflated
         self._member = zlib.decompressobj(wbits=31)  # zlib verifies checksum and length as a member ends

@@ -47,6 +47,7 @@ def mgh_layout(head: bytes, limits: VolumeLimits) -> Layout:
         slope=1.0,
         intercept=0.0,
         affine=affine,
+        sizes_mm=tuple(float(size) for size in header["delta"]),
         notes=(),
         tail_bytes=_MAX_TAIL_BYTES,
     )

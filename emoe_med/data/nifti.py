@@ -36,6 +36,7 @@ class Layout:
     slope: float
     intercept: float
     affine: np.ndarray  # [4, 4], voxel index of the file -> RAS mm
+    sizes_mm: tuple[float, ...]  # of a voxel by the header alone, which FSL goes by
     notes: tuple[str, ...]
     tail_bytes: int = 0  # that may follow the last voxel
 
@@ -57,6 +58,7 @@ def nifti_layout(head: bytes, stream: ByteStream, limits: VolumeLimits) -> Layou
         slope=slope,
         intercept=intercept,
         affine=_affine(header, shape, limits),
+        sizes_mm=tuple(abs(float(size)) for size in header["pixdim"][1:4]),
         notes=notes,
     )
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emoe_med.data.files import DICOM_HINT
+from emoe_med.data.opening import split_member
 from emoe_med.errors import DataError, Fault
 
 ROOT_VARIABLE = "EMOE_MED_DATA_ROOT"
@@ -42,10 +43,10 @@ class DataRoot:
 
 @dataclass(frozen=True)
 class Located:
-    """A file inside the data root."""
+    """A file inside the data root, or a member of a zip archive there."""
 
     path: Path
-    inode: tuple[int, int] | None  # equal for two names of one file; None where nobody looked
+    inode: tuple[int, int, str] | None  # equal for two names of one file; None where nobody looked
 
 
 def find_data_root(manifest: Path, data_root: Path | None) -> DataRoot:
@@ -84,7 +85,8 @@ def check_path(text: str, root: DataRoot) -> None:
 def locate(text: str, root: DataRoot, look: bool = True) -> Located:
     """Find the file that a manifest names; links may lead anywhere inside the root.
 
-    With ``look=False`` the path is judged by its text alone.
+    With ``look=False`` the path is judged by its text alone. Of a member of a zip archive the archive is looked for;
+    whether it holds the member is told when it is read.
 
     An accented name is looked for as written, then composed (NFC), then decomposed (NFD), because
     tables and file systems disagree about it.
@@ -99,15 +101,16 @@ def locate(text: str, root: DataRoot, look: bool = True) -> Located:
     spellings = [text] if text.isascii() else _spellings(text)
     for spelling in spellings:
         path = root.folder / spelling
+        file, member = split_member(path)
         try:
-            real = os.path.realpath(path, strict=True)
+            real = os.path.realpath(file, strict=True)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR) and spelling != spellings[-1]:
                 continue
             raise _unreachable(error, text) from None
         if not _is_inside(real, root.real):
             raise _refusal("MAN-PATH", "a symbolic link leads outside the data root", text)
-        return Located(path, _regular_file(real, text))
+        return Located(path, (*_regular_file(real, text), member))
     raise AssertionError("unreachable: the last spelling returns or raises")
 
 

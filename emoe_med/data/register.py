@@ -136,10 +136,7 @@ def align_affine(voxels: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> Al
 
     Source: Avants et al. 2008 (local cross-correlation).
     """
-    _check(voxels, mask)
-    head = np.where(mask, voxels, 0).astype(np.float32)
-    head /= head[np.asarray(mask, bool)].mean()
-    head, head_affine = _at_spacing(head, affine, _ALIGN_MM)
+    head, head_affine = _coarse_brain(voxels, affine, mask)
     start = _moment_start(mask, affine)
     starts = torch.stack([start @ _pitch(angle) for angle in _STARTS_DEG])
     with torch.enable_grad():
@@ -147,6 +144,25 @@ def align_affine(voxels: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> Al
         best = coarse[int(scores.argmax())][None]
         fine, score = _ascend(head, head_affine, best, _ALIGN_MM, _FINE_STEPS, _LEARNING_RATE / 2)
     return Alignment(fine[0].numpy(), float(score[0]))
+
+
+def similarity_of(voxels: np.ndarray, affine: np.ndarray, mask: np.ndarray, matrix: np.ndarray) -> float:
+    """Return the similarity that `align_affine` would tell of a map that is known: template -> subject RAS mm [4, 4].
+
+    Raises:
+        VolumeError: As `align_affine` does.
+    """
+    head, head_affine = _coarse_brain(voxels, affine, mask)
+    _, score = _ascend(head, head_affine, torch.from_numpy(matrix)[None], _ALIGN_MM, steps=0, learning_rate=0.0)
+    return float(score[0])
+
+
+def _coarse_brain(voxels: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the masked head, its mean being 1, at the spacing of the alignment, and its affine."""
+    _check(voxels, mask)
+    head = np.where(mask, voxels, 0).astype(np.float32)
+    head /= head[np.asarray(mask, bool)].mean()
+    return _at_spacing(head, affine, _ALIGN_MM)
 
 
 def _check(voxels: np.ndarray, mask: np.ndarray) -> None:

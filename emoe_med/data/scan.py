@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from emoe_med.data.paths import DataRoot, Located, locate, printable
 from emoe_med.data.table import Refusals
@@ -18,11 +19,12 @@ from emoe_med.errors import DataError
 
 COLUMNS = (
     *("image", "age", "participant_id", "session_id", "sex", "site", "mask", "labels", "family_id", "split"),
-    *("weight", "qc_score", "diagnosis", "sha256", "age_unit"),
+    *("weight", "qc_score", "diagnosis", "sha256", "age_unit", "transform", "warped"),
 )
 ALIASES = {"path": "image", "age_years": "age", "subject_id": "participant_id", "eid": "participant_id"}
 KNOWN = {name: name for name in COLUMNS} | ALIASES
 SEXES = {"f": "F", "female": "F", "m": "M", "male": "M", "o": "O", "other": "O"}
+YES_OR_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 SPLITS = {"train": "train", "val": "val", "test": "test"}
 MAX_AGE_YEARS = 120
 YEARS = ("years", "year", "yrs", "y")
@@ -33,6 +35,7 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNO
 _SHOWN = re.compile(r"[+-]?\d{1,3}([.,]\d{1,2})?|[a-z/]{1,3}", re.ASCII | re.IGNORECASE)
 _SUBJECT = re.compile(r"(?:^|[/_])(sub-[^/_.]+)(?=[/_.]|$)")
 _SESSION = re.compile(r"(?:^|[/_])((?:ses|acq|rec|run)-[^/_.]+)(?=[/_.]|$)")
+_WARPED = re.compile(r"(^|/)T1_brain_to_MNI\.nii")
 _UKB = re.compile(r"(?:^|/)(\d{7})(?:_20252_(\d)_\d)?(?=[/_.]|$)", re.ASCII)
 
 
@@ -55,6 +58,8 @@ class Scan:
     qc_score: float | None = None
     diagnosis: str | None = None
     sha256: str | None = None  # of the image's bytes
+    transform: Path | None = None  # FSL's linear matrix to MNI152_T1_1mm
+    warped: bool = False  # nonlinearly, to a template
 
 
 def person_key(participant_id: str) -> str:
@@ -76,6 +81,11 @@ def identity_from_path(path: str) -> tuple[str | None, str]:
         subjects = {eid for eid, _ in found}
         session = max((instance for _, instance in found), default="")
     return (subjects.pop(), session) if len(subjects) == 1 else (None, "")
+
+
+def is_warped(path: str) -> bool:
+    """Tell whether a path names UK Biobank's nonlinearly warped brain."""
+    return _WARPED.search(path) is not None
 
 
 def parse_age(text: str) -> tuple[float | None, str, str]:
@@ -142,6 +152,8 @@ class RowReader:
             qc_score=self._number("qc_score", "MAN-QC"),
             diagnosis=self._text("diagnosis"),
             sha256=self._digest(),
+            transform=self._file("transform"),
+            warped=self._warped(),
         )
         if is_new and participant:
             key = ("scan", person_key(participant), session.casefold().removeprefix("ses-"))
@@ -172,7 +184,7 @@ class RowReader:
             self._refuse(code, f"{column} {_shown(text)}is not a number")
         return value
 
-    def _choice(self, column: str, code: str, words: Mapping[str, str], hint: str) -> str | None:
+    def _choice(self, column: str, code: str, words: Mapping[str, Any], hint: str) -> Any:
         text = self._text(column)
         if text is None:
             return None
@@ -200,6 +212,11 @@ class RowReader:
             reason = f"weight {_shown(f'{value:g}')}is outside 0 to {_MAX_WEIGHT}"
             self._refuse("MAN-WEIGHT", reason, "weight is the share in the loss, not body weight")
         return 1.0 if value is None else value
+
+    def _warped(self) -> bool:
+        """Return what the column says; where it says nothing, what the name of the image tells."""
+        told = self._choice("warped", "MAN-WARPED", YES_OR_NO, "write yes or no")
+        return is_warped(self.cells.get("image", "")) if told is None else told
 
     def _digest(self) -> str | None:
         text = (self._text("sha256") or "").lower()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from emoe_med.data.files import DICOM_HINT
-from emoe_med.data.scan import Scan, identity_from_path
+from emoe_med.data.scan import Scan, identity_from_path, is_warped
 from emoe_med.errors import DataError, Fault
 
 _VOLUME = re.compile(r"\.(nii|nii\.gz|mgz|mgh)$", re.IGNORECASE)
@@ -63,10 +63,22 @@ def _bids(folder: Path) -> Pairs:
 def _any_volume(folder: Path) -> Pairs:
     for image in folder.rglob("*"):
         if _VOLUME.search(image.name) and not _NO_HEAD.search(image.name):
-            stem = _VOLUME.sub("", image.name)
-            ending = image.name.removeprefix(stem)
-            masks = (_there(image.with_name(f"{stem}{tail}{ending}")) for tail in ("_mask", "_brain_mask"))
-            yield image, next(filter(None, masks), None)
+            yield image, mask_beside(image)
+
+
+def mask_beside(image: Path) -> Path | None:
+    """Return the brain mask that lies beside a head under one of the usual names.
+
+    They are `*_desc-brain_mask`, `<head>_mask`, `<head>_brain_mask`, `T1_brain_mask` and `brainmask`. A warped
+    brain is its own mask: what lies beside it is on the native grid.
+    """
+    if is_warped(image.name):
+        return image
+    stem = _VOLUME.sub("", image.name)
+    bids = re.sub(r"(_desc-[^_]+)?_T1w$", "", stem)
+    names = (f"{bids}_desc-brain_mask", f"{stem}_mask", f"{stem}_brain_mask", "T1_brain_mask", "brainmask")
+    places = (image.with_name(name + ending) for name in names for ending in (".nii.gz", ".nii", ".mgz", ".mgh"))
+    return next((place for place in places if place.is_file()), None)
 
 
 def _there(path: Path) -> Path | None:
@@ -79,7 +91,9 @@ def _scan(folder: Path, row: int, image: Path, mask: Path | None) -> Scan:
     if participant is None and image.parent.name == "mri":  # FreeSurfer names the subject's folder
         participant = (image.parent.parent if place.parts[0] != "mri" else folder).name
     name = participant or _VOLUME.sub("", image.name)
-    return Scan(row=row, image=image, age=None, participant_id=name, session_id=session, mask=mask)
+    return Scan(
+        row=row, image=image, age=None, participant_id=name, session_id=session, mask=mask, warped=is_warped(image.name)
+    )
 
 
 def _is_dicom(file: Path) -> bool:

@@ -22,10 +22,11 @@ from monai.data import ImageReader
 from monai.utils import MetaKeys, SpaceKeys
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
-from emoe_med.data.files import ByteStream, check_name, opened, refuse, replace_file
+from emoe_med.data.files import ByteStream, check_name, refuse, replace_file
 from emoe_med.data.limits import DEFAULT_LIMITS, VolumeLimits, affines_differ, judge_intensity
 from emoe_med.data.mgh import MGH_HEADER_BYTES, MGH_MAGIC, mgh_layout
 from emoe_med.data.nifti import NIFTI_HEADER_BYTES, Layout, nifti_layout
+from emoe_med.data.opening import opened
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def read_volume(path: Path, limits: VolumeLimits = DEFAULT_LIMITS) -> Volume:
     """Read one volume, whole and checked, in RAS orientation.
 
     Args:
-        path: NIfTI-1 or NIfTI-2 file of either byte order, or FreeSurfer's MGH; plain or gzip.
+        path: NIfTI-1 or NIfTI-2 file of either byte order, or FreeSurfer's MGH; plain or gzip; or such a member of a
+            zip archive (`opening`).
         limits: Largest size and spacing range in mm.
 
     Returns:
@@ -52,8 +54,8 @@ def read_volume(path: Path, limits: VolumeLimits = DEFAULT_LIMITS) -> Volume:
         VolumeError: Not there, damaged, too large, not 3-D, non-finite, constant, or without a usable affine.
             Carries one fault with code, reason and path.
     """
-    with opened(path) as file:
-        layout, voxels = _read_voxels(ByteStream(file), path.name, limits)
+    with opened(path) as (file, size):
+        layout, voxels = _read_voxels(ByteStream(file, size), path.name, limits)
         notes = (*layout.notes, *judge_intensity(voxels))
     axes = io_orientation(layout.affine)
     return Volume(
@@ -111,7 +113,7 @@ def file_digest(path: Path) -> str:
     Raises:
         VolumeError: The file is not there, not a regular file, empty, or cannot be read.
     """
-    with opened(path) as file:
+    with opened(path) as (file, _):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -158,15 +160,29 @@ class StrictReader(ImageReader):
         }
 
 
-def _read_voxels(stream: ByteStream, name: str, limits: VolumeLimits) -> tuple[Layout, np.ndarray]:
-    """Read a stream to its end; voxels of shape [I, J, K], float32, in the axis order of the file."""
+def read_layout(path: Path, limits: VolumeLimits = DEFAULT_LIMITS) -> Layout:
+    """Read the header alone: shape, affine and voxel size in the axis order of the file.
+
+    Raises:
+        VolumeError: As `read_volume`, as far as a header shows it.
+    """
+    with opened(path) as (file, size):
+        return _layout(ByteStream(file, size), path.name, limits)
+
+
+def _layout(stream: ByteStream, name: str, limits: VolumeLimits) -> Layout:
     head = stream.take(MGH_HEADER_BYTES)
     is_mgh = head.startswith(MGH_MAGIC)
     if not is_mgh:
         head += stream.take(NIFTI_HEADER_BYTES - MGH_HEADER_BYTES)
     check_name(name, head, stream.packed)
     # a further format is one more function from its header to a Layout, chosen here by magic
-    layout = mgh_layout(head, limits) if is_mgh else nifti_layout(head, stream, limits)
+    return mgh_layout(head, limits) if is_mgh else nifti_layout(head, stream, limits)
+
+
+def _read_voxels(stream: ByteStream, name: str, limits: VolumeLimits) -> tuple[Layout, np.ndarray]:
+    """Read a stream to its end; voxels of shape [I, J, K], float32, in the axis order of the file."""
+    layout = _layout(stream, name, limits)
     num_bytes = math.prod(layout.shape) * layout.dtype.itemsize
     if layout.offset + num_bytes > stream.capacity:
         refuse("VOL-TRUNC", f"is too short for {num_bytes} bytes of voxels", "copy the file again")

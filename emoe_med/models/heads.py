@@ -43,6 +43,7 @@ class SoftLabelHead(nn.Module):
     Source: Peng et al. 2021; renormalisation and span are ours.
     """
 
+    has_confidence = True
     edges: Tensor
 
     def __init__(self, ages: TrainingAges, bin_years: float = 1.0, sigma_years: float = 1.0) -> None:
@@ -70,11 +71,22 @@ class SoftLabelHead(nn.Module):
         centres = (self.edges[:-1] + self.edges[1:]) / 2
         return output.float().softmax(1) @ centres
 
+    def confidence(self, output: Tensor) -> Tensor:
+        """Return how sure outputs [B, bins] are, [B]: 1 for a single age, 0 where they spread like all bins alike."""
+        centres, p = (self.edges[:-1] + self.edges[1:]) / 2, output.float().softmax(1)
+        variance = (p * (centres - (p @ centres).unsqueeze(1)).square()).sum(1)
+        return (1 - (variance / centres.var(correction=0)).sqrt()).clamp_min(0)
+
+    def join(self, outputs: Tensor, weights: Tensor) -> Tensor:
+        """Average the distributions of outputs [B, J, bins] by weights [B, J]; returns their logarithm [B, bins]."""
+        return (outputs.log_softmax(-1) + weights.log().unsqueeze(-1)).logsumexp(1)
+
 
 class L1Head(nn.Module):
     """Age as one number, standardised by the training ages; loss is the absolute error in those units."""
 
     outputs = 1
+    has_confidence = False
     mean: Tensor
     std: Tensor
 
@@ -90,6 +102,14 @@ class L1Head(nn.Module):
     def predict(self, output: Tensor) -> Tensor:
         """Return predicted ages [B] in years."""
         return output.float().squeeze(1) * self.std + self.mean
+
+    def confidence(self, output: Tensor) -> Tensor:
+        """Return zeros [B]: one number does not tell how sure it is."""
+        return output.new_zeros(len(output), dtype=torch.float32)
+
+    def join(self, outputs: Tensor, weights: Tensor) -> Tensor:
+        """Average outputs [B, J, 1] by weights [B, J]."""
+        return (weights.unsqueeze(-1) * outputs).sum(1)
 
 
 HEADS = {"soft_label": SoftLabelHead, "l1": L1Head}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -18,9 +18,13 @@ class ModelOutput:
         aux_loss: [] sum of the routers' auxiliary losses.
         routing: of each routed layer by name, for its N routed tokens (those inside the brain; patches).
         token_mask: [B, T] bool by layer name; True where a token was routed, in the order of `routing`.
+        side_output: [B, O], a second answer to be trained on the same target; None where there is none to train.
+        gates: [B, C] by layer name, factors on the channels of convolutions; 0 is off.
     """
 
     output: Tensor
     aux_loss: Tensor
     routing: dict[str, Routing]
     token_mask: dict[str, Tensor]
+    side_output: Tensor | None = None
+    gates: dict[str, Tensor] = field(default_factory=dict)

@@ -6,6 +6,7 @@ Source: Peng et al. 2021, Medical Image Analysis 68, 101871; 2,952,936 parameter
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from monai.networks.blocks import Convolution
 from torch import Tensor, nn
 
+from emoe_med.models.gates import Place
 from emoe_med.models.output import ModelOutput
 from emoe_med.moe import MoELayer, Routing
 
@@ -66,21 +68,63 @@ class SFCN(nn.Module):
         """Return the edge, in input voxels, of one voxel of the map after `block` (counted from 1)."""
         return self.options.stem * 2 ** min(block, self.options.pooled)
 
+    def routed_layers(self) -> dict[str, MoELayer]:
+        """Return the routed layer by the name that `ModelOutput.routing` uses."""
+        return {} if self.moe is None else {f"block{self.moe_after}": self.moe}
+
+    def places(self) -> dict[str, Place]:
+        """Return where the convolutions stand, for a net without a routed layer; see `gates.Place`."""
+        names = [f"blocks.{number}" for number in range(len(self.blocks))]
+        found = {
+            name: Place(block.conv, block, source, inner=True)
+            for name, source, block in zip(names, [None, *names], self.blocks, strict=False)
+        }
+        return {**found, "neck": Place(self.neck.conv, None, names[-1], inner=True)}
+
     def forward(self, image: Tensor) -> ModelOutput:
         """Map an image [B, 1, X, Y, Z], exactly 0 outside the head, to outputs [B, O]."""
-        x = fold_space(image, self.options.stem) if self.options.stem > 1 else image
+        stages = self.moe_after or 0
+        x = self.until(image, stages)
         aux_loss, routing, token_mask = x.new_zeros(()), {}, {}
-        for number, block in enumerate(self.blocks, start=1):
-            x = block(x)
-            x = F.relu(F.max_pool3d(x, 2) if number <= self.options.pooled else x)
-            if self.moe is not None and number == self.moe_after:
-                mask = self._token_mask(image, x.shape[2:])
-                x, routed = self._route(self.moe, x, mask)
-                name = f"block{number}"
-                routing[name], token_mask[name] = routed, mask
-                aux_loss = aux_loss + routed.aux_loss
-        x = self.neck(x).mean(dim=(2, 3, 4), keepdim=True)
-        return ModelOutput(self.head(self.dropout(x)).flatten(1), aux_loss, routing, token_mask)
+        if self.moe is not None:
+            mask = self._token_mask(image, x.shape[2:])
+            x, routed = self._route(self.moe, x, mask)
+            name = f"block{stages}"
+            routing[name], token_mask[name] = routed, mask
+            aux_loss = aux_loss + routed.aux_loss
+        return ModelOutput(self.answer(self.beyond(x, stages)), aux_loss, routing, token_mask)
+
+    @property
+    def num_features(self) -> int:
+        """Pooled features that an answer is read from."""
+        return self.options.neck
+
+    def until(self, image: Tensor, stages: int) -> Tensor:
+        """Return the map [B, C, X', Y', Z'] behind the first so many blocks; 0 is the folded image alone."""
+        x = fold_space(image, self.options.stem) if self.options.stem > 1 else image
+        return self._through(x, range(stages))
+
+    def beyond(self, x: Tensor, stages: int) -> Tensor:
+        """Return the pooled features [B, F, 1, 1, 1] of a map behind so many blocks."""
+        x = self._through(x, range(stages, len(self.blocks)))
+        return self.neck(x).mean(dim=(2, 3, 4), keepdim=True)
+
+    def answer(self, features: Tensor) -> Tensor:
+        """Map pooled features [B, F, 1, 1, 1] to outputs [B, O]."""
+        return self.head(self.dropout(features)).flatten(1)
+
+    def _through(self, x: Tensor, blocks: range) -> Tensor:
+        for number in blocks:
+            x = self.blocks[number](x)
+            x = F.relu(F.max_pool3d(x, 2) if number < self.options.pooled else x)
+        return x
+
+    def tail(self, stages: int) -> SFCN:
+        """Return a copy of what stands behind so many blocks, for `beyond` and `answer` alone."""
+        copy = deepcopy(self)
+        for number in range(stages):
+            copy.blocks[number] = nn.Identity()
+        return copy
 
     def _token_mask(self, image: Tensor, shape: Sequence[int]) -> Tensor:
         share = F.adaptive_avg_pool3d((image != 0).to(image.dtype), tuple(shape))  # ty: ignore[invalid-argument-type]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from emoe_med.errors import CheckpointError, Fault
 
@@ -27,3 +27,30 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size
             faults.append(Fault("CKPT-SHAPE", f"{name} has shape {shapes}", str(path)))
     if faults:
         raise CheckpointError(*faults)
+
+
+@torch.no_grad()
+def load_by_name(net: nn.Module, found: Mapping[str, Tensor], path: Path, head: str) -> bool:
+    """Put weights into a network of the same names; everything is compared before anything is changed.
+
+    Args:
+        net: Changed in place.
+        found: By name.
+        path: Named in a refusal.
+        head: Name of the last layer.
+
+    Returns:
+        Whether the head was taken over; it is left as it was where it has another number of classes, or is missing.
+
+    Raises:
+        CheckpointError: CKPT-KEY, CKPT-SHAPE: each difference.
+    """
+    own = net.state_dict()
+    weight = f"{head}.weight"
+    has_head = weight in found and found[weight].shape == own[weight].shape
+    if not has_head:
+        found = {name: tensor for name, tensor in found.items() if not name.startswith(f"{head}.")}
+    expected = {name: tensor.shape for name, tensor in own.items() if has_head or not name.startswith(f"{head}.")}
+    check_tensors(found, expected, path)
+    net.load_state_dict({**own, **found})
+    return has_head

@@ -139,6 +139,12 @@ class ViT(nn.Module):
         """Return what the head sees, [B, D], of tokens [B, P + T, D]."""
         return tokens[:, 0] if self.options.pool == "token" else tokens[:, self.options.prefix :].mean(1)
 
+    def probed(self, image: Tensor) -> dict[str, Tensor]:
+        """Return what a head could see of images [B, D]: the mean over patches, and the class token if there is one."""
+        tokens, _ = self.features(image)
+        found = {"mean": tokens[:, self.options.prefix :].mean(1)}
+        return {**found, "token": tokens[:, 0]} if self.options.class_token else found
+
     def routed_layers(self) -> dict[str, MoELayer]:
         """Return the routed layers by the names that `ModelOutput.routing` uses."""
         return {f"block{n}": block.moe for n, block in enumerate(self.blocks) if block.moe is not None}  # ty: ignore

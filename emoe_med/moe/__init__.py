@@ -14,7 +14,7 @@ from emoe_med.moe.engines import Weights
 from emoe_med.moe.experts.base import Experts
 from emoe_med.moe.experts.eigen import EigenExpertOptions, EigenExperts
 from emoe_med.moe.experts.mlp import MLPExperts, MLPOptions
-from emoe_med.moe.homogeneity import TokenSample, collected_tokens, homogeneity
+from emoe_med.moe.homogeneity import TokenSample, collected_tokens, homogeneity, output_homogeneity
 from emoe_med.moe.interventions import (
     ablated_expert,
     permuted_routing,
@@ -87,6 +87,7 @@ __all__ = [
     "load_published",
     "load_statistics",
     "orthonormality_error",
+    "output_homogeneity",
     "permuted_routing",
     "random_orthonormal",
     "random_routing",

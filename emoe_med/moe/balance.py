@@ -116,7 +116,7 @@ class MarginBias(SignBias):
         """Count the tokens of each expert and add up the margin between the two best scores."""
         super().observe(scores, expert_index)
         top = scores.topk(min(2, self.num_experts), dim=-1).values
-        self.margins.add((top[:, 0] - top[:, -1]).sum(), scores.new_tensor(scores.shape[0]))
+        self.margins.add((top[:, 0] - top[:, -1]).sum(), len(scores))
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -86,7 +86,7 @@ class TokenMoments(nn.Module):
             steps = torch.arange(self.max_tokens, dtype=torch.float64, device=tokens.device)
             sample = sample.index_select(0, (steps * GOLDEN_RATIO % 1 * len(tokens)).long())
         sample = sample.float()
-        self.sums.add(sample.new_tensor(len(sample)), sample.sum(0), sample.T @ sample)
+        self.sums.add(len(sample), sample.sum(0), sample.T @ sample)
 
     @torch.no_grad()
     def after_step(self) -> bool:

@@ -95,18 +95,22 @@ def homogeneity(experts: Experts, tokens: Tensor) -> dict[str, float]:
         raise ValueError("experts can be compared on tokens alone, and there are none")
     if experts.num_experts == 1:
         return {}
-    outputs = torch.stack([experts.run(tokens, e) for e in range(experts.num_experts)])
-    # what is left of an output after subtracting its equal is rounding, and has a cosine with anything
-    rounding = 8 * EPS * outputs.norm(dim=-1, keepdim=True).amax(0)
-    found = {
-        "output_cosine": _mean_cosine(outputs, rounding),
-        "output_cosine_centred": _mean_cosine(outputs - outputs.mean(0), rounding),
-        "output_cka": _mean_cka(outputs),
-    }
+    found = output_homogeneity(torch.stack([experts.run(tokens, e) for e in range(experts.num_experts)]))
     with suppress(NotImplementedError):
         w1, w2, *_ = experts.weights()
         found |= {"overlap_w1": _mean_overlap(w1), "overlap_w2": _mean_overlap(w2.mT)}
     return found
+
+
+def output_homogeneity(outputs: Tensor) -> dict[str, float]:
+    """Compare what experts of any kind say, outputs [E, M, D], by the first figures of `homogeneity`."""
+    # what is left of an output after subtracting its equal is rounding, and has a cosine with anything
+    rounding = 8 * EPS * outputs.norm(dim=-1, keepdim=True).amax(0)
+    return {
+        "output_cosine": _mean_cosine(outputs, rounding),
+        "output_cosine_centred": _mean_cosine(outputs - outputs.mean(0), rounding),
+        "output_cka": _mean_cka(outputs),
+    }
 
 
 def _mean_cosine(outputs: Tensor, rounding: Tensor) -> float:

@@ -149,8 +149,8 @@ class StepSums(nn.Module):
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
-    def add(self, *values: Tensor) -> None:
-        """Add one value to each sum."""
+    def add(self, *values: Tensor | int) -> None:
+        """Add one value to each sum; a GPU need not wait for a number, as it would for a tensor made of one."""
         for total, value in zip(self.sums, values, strict=True):
             total += value
 

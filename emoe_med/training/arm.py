@@ -47,7 +47,7 @@ class RunConfig(Protocol):
 
 def check_folders(run_dirs: Sequence[Path], resume: bool) -> None:
     """Refuse run folders that hold a run, unless it is to be resumed."""
-    used = [d for d in run_dirs if (d / "checkpoints").exists() or (d / "metrics.json").exists()]
+    used = [d for d in run_dirs if any((d / name).exists() for name in ("checkpoints", "phases", "metrics.json"))]
     if used and not resume:
         hint = "give --resume to go on, or another --out or --set name="
         raise ConfigError(*(Fault("RUN-EXISTS", "this run folder is in use", str(d), hint=hint) for d in used))

@@ -10,8 +10,6 @@ checkpoints/
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -27,9 +25,10 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from emoe_med.errors import CheckpointError, Fault
+from emoe_med.errors import CheckpointError
 from emoe_med.models.state import check_tensors
 from emoe_med.training.run_folder import replace_file, storage_error, sync_folder, write_synced
+from emoe_med.training.seal import damaged, file_entry, read_whole, sealed, unsealed
 
 Which = Literal["best", "last"]
 Tensors = Mapping[str, Tensor]
@@ -62,9 +61,9 @@ class CheckpointFolder:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _damaged(self.path / which, error.strerror or "cannot be read") from error
+            raise damaged(self.path / which, error.strerror or "cannot be read") from error
         if re.fullmatch(r"step-\d{8}", name) is None:
-            raise _damaged(self.path / which, "does not name a checkpoint")
+            raise damaged(self.path / which, "does not name a checkpoint")
         return self.path / name
 
     def find(self, which: Which) -> Path | None:
@@ -124,14 +123,14 @@ class CheckpointFolder:
         return target
 
     def _write(self, folder: Path, model: Tensors, optim: Tensors, state: Mapping[str, Any]) -> None:
-        contents = {MODEL_FILE: _serialise(model), OPTIM_FILE: _serialise(optim)}
+        contents = {MODEL_FILE: serialise(model), OPTIM_FILE: serialise(optim)}
         size = sum(map(len, contents.values()))
         free = shutil.disk_usage(self.path).free
         if free < SPACE_FACTOR * size:
             reason = f"{SPACE_FACTOR * size / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free"
             raise OSError(errno.ENOSPC, reason)
         folder.mkdir()
-        files = {name: {"size": len(data), "sha256": _digest(data)} for name, data in contents.items()}
+        files = {name: file_entry(data) for name, data in contents.items()}
         for name, data in contents.items():
             write_synced(folder / name, data)
         write_synced(folder / "state.json", sealed({**state, "format": FORMAT, "files": files}))
@@ -216,72 +215,43 @@ def _name(step: int) -> str:
 
 def _load(folder: Path, *names: str) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     state, contents = _verify(folder, *names)
-    tensors = {}
-    for name, data in contents.items():
-        try:
-            tensors[name] = parse_safetensors(data)
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise _damaged(folder / name, f"not a safetensors file ({error})") from error
-    return state, tensors
+    return state, {name: parse(folder / name, data) for name, data in contents.items()}
 
 
-def _serialise(tensors: Tensors) -> bytes:
+def parse(path: Path, data: bytes) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file by name, from its bytes.
+
+    Raises:
+        CheckpointError: Not such a file.
+    """
+    try:
+        return parse_safetensors(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise damaged(path, f"not a safetensors file ({error})") from error
+
+
+def serialise(tensors: Tensors) -> bytes:
+    """Return tensors by name as the bytes of a safetensors file."""
     # clones: safetensors refuses tied weights, and the model goes on changing
     copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     return to_safetensors(copies)
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def sealed(state: Mapping[str, Any]) -> bytes:
-    """Return the content of `state.json`: the state with its own SHA-256."""
-    record = json.loads(json.dumps(state, allow_nan=False))
-    return json.dumps({**record, "sha256": _record_digest(record)}).encode()
-
-
-def _record_digest(record: Mapping[str, Any]) -> str:
-    rest = {name: value for name, value in record.items() if name != "sha256"}
-    return _digest(json.dumps(rest, sort_keys=True).encode())
-
-
 def _verify(folder: Path, *names: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Read the state and the named tensor files (all, if none is named), every byte checked."""
+    state = unsealed(folder / "state.json")
     try:
-        state = json.loads((folder / "state.json").read_bytes())
-        whole = state["sha256"] == _record_digest(state)
-        files = {name: (entry["size"], entry["sha256"]) for name, entry in state["files"].items()}
-        step_name = _name(state["step"])
-    except FileNotFoundError as error:
-        raise _damaged(folder / "state.json", "is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(folder / "state.json", f"cannot be read ({type(error).__name__})") from error
-    if not whole:
-        raise _damaged(folder / "state.json", "SHA-256 differs")
+        files, step_name = dict(state["files"]), _name(state["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(folder / "state.json", f"cannot be read ({type(error).__name__})") from error
     if state["format"] != FORMAT or set(files) != {MODEL_FILE, OPTIM_FILE}:
-        raise _damaged(folder / "state.json", f"format {state['format']} is unknown to this version")
+        raise damaged(folder / "state.json", f"format {state['format']} is unknown to this version")
     if not folder.name.startswith(".tmp-") and folder.name != step_name:
-        raise _damaged(folder / "state.json", f"belongs to {step_name}")
-    contents = {}
-    for name in names or files:
-        size, sha256 = files[name]
-        try:
-            data = contents[name] = (folder / name).read_bytes()
-        except OSError as error:
-            raise _damaged(folder / name, error.strerror or "cannot be read") from error
-        if len(data) != size:
-            raise _damaged(folder / name, f"has {len(data)} bytes instead of {size}")
-        if _digest(data) != sha256:
-            raise _damaged(folder / name, "SHA-256 differs")
-    return state, contents
+        raise damaged(folder / "state.json", f"belongs to {step_name}")
+    return state, {name: read_whole(folder / name, files[name]) for name in names or files}
 
 
 def _same_tensors(one: Path, other: Path) -> bool:
     with suppress(CheckpointError):
         return _verify(one)[0]["files"] == _verify(other)[0]["files"]
     return False
-
-
-def _damaged(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(Fault("CKPT-DAMAGED", reason, file=str(path)))

@@ -13,8 +13,7 @@ from emoe_med.training.checkpoint import load_model_state, load_model_weights
 from emoe_med.training.progress import EpochProgress
 from emoe_med.training.resume import Keeper
 from emoe_med.training.runtime import StopSignal, memory_told, prepared
-from emoe_med.training.task import Task
-from emoe_med.training.tracking import Tracker
+from emoe_med.training.task import Record, Task
 from emoe_med.training.trainer import Stopped, Trainer
 
 
@@ -37,7 +36,7 @@ class FitResult:
     history: list[dict[str, Any]]
 
 
-def fit(task: Task, config: TrainingConfig, run_dir: Path, tracker: Tracker, resume: bool = False) -> FitResult:
+def fit(task: Task, config: TrainingConfig, run_dir: Path, tracker: Record, resume: bool = False) -> FitResult:
     """Train a task's model and return it with the selected weights.
 
     Args:

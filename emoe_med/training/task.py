@@ -22,11 +22,38 @@ class MapDataset(Protocol):
         ...
 
 
+class Record(Protocol):
+    """What the loop tells of a run; see `tracking.Tracker`."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether a metric was ever written."""
+        ...
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Record metrics of an optimiser step."""
+        ...
+
+    def note(self, kind: str, **fields: Any) -> None:
+        """Record an event."""
+        ...
+
+    def sync_to_disk(self) -> None:
+        """Wait until the disk has every event."""
+        ...
+
+    def flush(self) -> None:
+        """Send on what is new, without waiting."""
+        ...
+
+
 class Task(Protocol):
     """Data, model, loss and validation of one task.
 
     Metric names are those of the record (`val/mae`, `expert/E03/load`); see `allow_list.METRIC`. A task may
-    also have `meta`, a JSON-able dict that every checkpoint carries (the preprocessing contract).
+    also have `meta`, a JSON-able dict that every checkpoint carries (the preprocessing contract), and
+    `begin_epoch(model, epoch)`, called before the steps of each epoch, from 0, and again when one is gone on with:
+    what a model is to do otherwise from some epoch on is a function of the epoch alone.
 
     Attributes:
         train_data: Samples to learn from.

@@ -21,8 +21,7 @@ from emoe_med.errors import DivergedError, Fault
 from emoe_med.moe import StepSums
 from emoe_med.training import optim, runtime
 from emoe_med.training.loader import ResumableSampler, augmentation_keys, make_loader, read_batches
-from emoe_med.training.task import Batch, Task
-from emoe_med.training.tracking import Tracker
+from emoe_med.training.task import Batch, Record, Task
 
 LOG = logging.getLogger("emoe_med")
 POINTS_PER_EPOCH = 50  # step metrics in the record: enough to draw a curve
@@ -49,7 +48,7 @@ class Position:
 class Trainer:
     """Hold model, optimiser, moving average and position of a run, and move them."""
 
-    def __init__(self, task: Task, config: TrainingConfig, machine: runtime.Machine, tracker: Tracker) -> None:
+    def __init__(self, task: Task, config: TrainingConfig, machine: runtime.Machine, tracker: Record) -> None:
         self.task, self.config, self.machine, self.tracker = task, config, machine, tracker
         on_cuda, ranks = machine.device.type == "cuda", machine.world_size
         self.sampler = ResumableSampler(
@@ -106,6 +105,9 @@ class Trainer:
     def steps_left(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each optimiser step that the running epoch still has."""
         self.model.train()
+        begin_epoch = getattr(self.task, "begin_epoch", None)
+        if begin_epoch is not None:
+            begin_epoch(self.model, self.position.epoch)
         self._pace = (time.monotonic(), 0)
         self.sampler.epoch, self.sampler.cursor = self.position.epoch, self.position.batch
         if self.position.batch < len(self.sampler):

@@ -117,7 +117,9 @@ def fewshot(
     draws: Annotated[int, typer.Option("--draws", min=1, help="random draws of supports; 100 for one shot")] = 5,
     as_json: JsonOption = False,
 ) -> None:
-    """Probe the frozen features with a few labelled images of each class: ridge regression, nearest class mean.
+    """Probe the frozen features with a few labelled images of each class.
+
+    By ridge and logistic regression and by the nearest class mean.
 
     The penalty is chosen on further training images, never on the test images. Probe the dense run beside.
 
@@ -159,7 +161,9 @@ def heatmap(run: RunOption, data_root: RootOption = None, as_json: JsonOption = 
 @app.command("import-weights")
 @verb
 def import_weights(
-    source: Annotated[Path, typer.Argument(help="safetensors of timm or Hugging Face, or the EMoE authors' .pth")],
+    source: Annotated[
+        str, typer.Argument(help="safetensors of timm or Hugging Face, the EMoE authors' .pth, or hub:OWNER/NAME")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="file to write, for model.weights of a run")],
     image_size: Annotated[
         int | None, typer.Option("--image-size", help="interpolate the position embedding to images of this edge")
@@ -170,13 +174,15 @@ def import_weights(
     """Check every name and shape of published weights and write them with their normalisation constants.
 
     These are read from timm's config.json or Hugging Face's preprocessor_config.json beside the file, or given.
+    `hub:OWNER/NAME[@REVISION]` is fetched from the Hugging Face hub (extra `hub`); nothing else ever is.
 
     Example: python -m emoe_med.vision import-weights vit_b/model.safetensors -o vit_b.safetensors
     """
+    from emoe_med.vision.hub import PREFIX, fetch
     from emoe_med.vision.weights import import_file
 
     given = [None if text is None else _constants(name, text) for name, text in (("--mean", mean), ("--std", std))]
-    say(import_file(source, output, image_size, *given))
+    say(import_file(fetch(source) if source.startswith(PREFIX) else Path(source), output, image_size, *given))
 
 
 def _constants(option: str, text: str) -> tuple[float, ...]:

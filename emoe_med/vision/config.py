@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, Tag, model_validator
 
-from emoe_med.config import RoutedConfig, Section, TrackingConfig, TrainingConfig
+from emoe_med.config import TrackingConfig, TrainingConfig
+from emoe_med.model_config import KIND, GatingConfig, Section, SingleGatedConfig, TransformerConfig, by_kind
 
 Dataset = Literal["digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet"]
-ALWAYS_LEARN = ("head.", ".moe.")  # parts of parameter names that no freezing holds
+ALWAYS_LEARN = ("head.", "fc.", ".moe.")  # parts of parameter names that no freezing holds
 
 
 class ImageDataConfig(Section):
@@ -44,75 +45,60 @@ class LossConfig(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
 
-class BlockMoEConfig(RoutedConfig):
-    """Routed layers in blocks of a transformer."""
+class NetConfig(Section):
+    """What every network has."""
 
-    blocks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        min_length=1, description="from 0; if not given, the six before the last (or as many as there are)"
-    )
-    placement: Literal["after_block", "parallel_ffn", "replace_ffn"] = "parallel_ffn"
-    route_prefix: bool = Field(False, description="send class token and registers through the layer too (V-MoE)")
-
-
-class ViTConfig(Section):
-    """A vision transformer, its routed layers, and where its weights come from."""
-
-    size: Literal["Ti", "S", "B", "L", "H"] | None = Field(None, description="or give width, depth and heads")
-    width: int = Field(ge=1)
-    depth: int = Field(ge=1)
-    heads: int = Field(ge=1)
     image_size: int = Field(224, ge=1)
-    patch_size: int = Field(16, ge=1)
-    class_token: bool = True
-    registers: int = Field(0, ge=0)
-    pool: Literal["token", "mean"] = "token"
     weights: str | None = Field(None, description="file written by import-weights, to start from")
     freeze: tuple[str, ...] = Field((), description="parameter-name prefixes to hold; head and routed layers learn")
-    moe: BlockMoEConfig | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in(cls, values: Any) -> Any:
-        """Write out what a size and missing blocks stand for, so that a run's file tells."""
-        from emoe_med.models.vit import SIZES
 
-        if not isinstance(values, dict):
-            return values
-        filled = dict(values)
-        if filled.get("size") in SIZES:
-            for name, value in zip(("width", "depth", "heads"), SIZES[filled["size"]], strict=True):
-                if filled.setdefault(name, value) != value:
-                    raise ValueError(f"{name} {filled[name]} is not that of size {filled['size']}, {value}")
-        moe, depth = filled.get("moe"), filled.get("depth")
-        if isinstance(moe, dict) and moe.get("blocks") is None and isinstance(depth, int):
-            filled["moe"] = {**moe, "blocks": range(max(0, depth - 7), max(1, depth - 1))}
-        return filled
+class ViTConfig(NetConfig, TransformerConfig):
+    """A vision transformer, its routed layers, and where its weights come from."""
+
+    kind: Literal["vit"] = "vit"
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Edges of the input."""
+        return (self.image_size, self.image_size)
+
+
+class BlockGatingConfig(GatingConfig):
+    """Gates in residual blocks."""
+
+    convolutions: Literal["inner", "all"] = Field("all", description="inner: those before the last one of a block")
+
+
+class ResNetConfig(NetConfig):
+    """A residual network, see `models.resnet.ResNetOptions`: plain, a DeepMoE, or under a single gate."""
+
+    kind: Literal["resnet"] = "resnet"
+    depth: Literal[18, 50] = 18
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    width: float = Field(1.0, gt=0, le=8, description="factor on all channels")
+    inner: float = Field(1.0, gt=0, le=8, description="further factor on the channels inside a block")
+    gating: BlockGatingConfig | None = None
+    single_gated: SingleGatedConfig | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         self.options(3)
-        moe = self.moe
-        if moe is None:
-            return self
-        if len(set(moe.blocks)) < len(moe.blocks) or max(moe.blocks) >= self.depth:
-            raise ValueError(f"moe.blocks {list(moe.blocks)}: each from 0 to {self.depth - 1}, once")
-        bypassed = (self.class_token or self.registers) and not moe.route_prefix
-        if self.pool == "token" and bypassed and self.depth - 1 in moe.blocks:
-            raise ValueError(
-                f"moe.blocks {self.depth - 1}: behind the last attention nothing reaches the class token, so that this "
-                "layer would never learn; leave it out, or set route_prefix: true or pool: mean"
-            )
-        if moe.placement == "replace_ffn" and bypassed:
-            raise ValueError("moe.placement replace_ffn needs route_prefix: true, else the class token loses its FFN")
+        if self.single_gated is not None:
+            self.single_gated.check(4, {"gating": self.gating})
         return self
 
     def options(self, channels: int) -> Any:
-        """Return the `ViTOptions` for images [C, H, W]."""
-        from emoe_med.models.vit import ViTOptions
+        """Return the `ResNetOptions` for images [C, H, W]."""
+        from emoe_med.models.resnet import ResNetOptions
 
-        names = ("patch_size", "width", "depth", "heads", "class_token", "registers", "pool")
-        chosen = {name: getattr(self, name) for name in names}
-        return ViTOptions(image_size=(self.image_size, self.image_size), in_channels=channels, **chosen)
+        return ResNetOptions(self.depth, channels, self.stem, self.width, self.inner)
+
+
+AnyNetConfig = Annotated[
+    Annotated[ViTConfig, Tag(f"{KIND}vit")] | Annotated[ResNetConfig, Tag(f"{KIND}resnet")],
+    by_kind("vit", "resnet"),
+]
 
 
 class VisionEvaluationConfig(Section):
@@ -129,7 +115,7 @@ class VisionConfig(Section):
     data: ImageDataConfig
     augment: ImageAugmentConfig = ImageAugmentConfig()
     loss: LossConfig = LossConfig()
-    model: ViTConfig
+    model: AnyNetConfig
     training: TrainingConfig
     evaluation: VisionEvaluationConfig = VisionEvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -138,6 +124,8 @@ class VisionConfig(Section):
     def _large_enough(self) -> Self:
         if self.data.resize < self.model.image_size:
             raise ValueError(f"data.resize {self.data.resize} is below model.image_size {self.model.image_size}")
+        if isinstance(self.model, ResNetConfig) and self.model.single_gated is not None:
+            self.model.single_gated.base_epochs(self.training.epochs)
         if (self.data.mean is None) != (self.data.std is None):
             raise ValueError("data.mean and data.std go together")
         return self

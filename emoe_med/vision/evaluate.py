@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,17 +19,20 @@ from torch.utils.data import Subset
 from emoe_med.data.images import ImageDataset, list_images
 from emoe_med.data.memory import Held
 from emoe_med.errors import CheckpointError, DataError, Fault
+from emoe_med.models.deep_moe import DeepMoE
 from emoe_med.models.output import ModelOutput
-from emoe_med.models.vit import ViT
+from emoe_med.models.single_gated import SingleGated
+from emoe_med.training.channel_report import describe_channels
 from emoe_med.training.checkpoint import CheckpointFolder, load_model_weights
+from emoe_med.training.gate_report import describe_gate
 from emoe_med.training.journal import read_journal
 from emoe_med.training.loader import make_loader, read_batches
 from emoe_med.training.routing_report import describe_routing
 from emoe_med.training.run_folder import replace_file
 from emoe_med.training.task import MapDataset
 from emoe_med.vision.config import VisionConfig
-from emoe_med.vision.metrics import accuracy, mean_estimate
-from emoe_med.vision.net import build_net
+from emoe_med.vision.metrics import Estimate, accuracy, mean_estimate
+from emoe_med.vision.net import Net, build_net
 from emoe_med.vision.run import load_vision
 from emoe_med.vision.task import rank_of_label, seen_image
 
@@ -38,7 +41,7 @@ from emoe_med.vision.task import rank_of_label, seen_image
 class TrainedClassifier:
     """A network with its configuration and what its images must be like: `classes`, `channels`, `mean`, `std`."""
 
-    net: ViT
+    net: Net
     config: VisionConfig
     meta: dict[str, Any]
 
@@ -62,26 +65,37 @@ class TrainedClassifier:
     @torch.no_grad()
     def outputs(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], ModelOutput]]:
         """Yield the collated batches of a data set with the network's output, in the run's precision."""
-        for batch, image in self._batches(data):
+        for batch, image in self.inputs(data):
             with self._autocast():
                 yield batch, self.net(image)
 
     @torch.no_grad()
-    def tokens(self, data: MapDataset) -> Iterator[Tensor]:
-        """Yield the tokens [B, P + T, D] behind the last norm, in the run's precision."""
-        for _, image in self._batches(data):
+    def features(self, data: MapDataset) -> Iterator[dict[str, Tensor]]:
+        """Yield what the head could see of each batch [B, F] by kind, in the run's precision."""
+        for _, image in self.inputs(data):
             with self._autocast():
-                yield self.net.features(image)[0]
+                yield self.net.probed(image)
 
-    def _batches(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.net.parameters()).device
+
+    @property
+    def routes(self) -> bool:
+        """Whether anything in the network sends patches or images to experts."""
+        return isinstance(self.net, SingleGated) or bool(self.net.routed_layers())
+
+    def inputs(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Yield the collated batches of a data set with the images that the network sees."""
         options = self.config.training
         for batch in read_batches(make_loader(data, options.batch_size, options.workers)):
-            pixels = batch["image"].to(self.net.head.weight.device)
+            pixels = batch["image"].to(self.device)
             yield batch, seen_image(pixels, self.config.model.image_size, self.meta)
 
     def _autocast(self) -> torch.autocast:
         low = self.config.training.precision == "bf16"
-        return torch.autocast(self.net.head.weight.device.type, torch.bfloat16, enabled=low)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
 
 
 def predict(model: TrainedClassifier, data: MapDataset) -> pd.DataFrame:
@@ -121,8 +135,12 @@ def evaluate_run(run_dir: Path, train: ImageDataset, test: ImageDataset, val: np
     write_predictions(run_dir / "predictions", tables)
     metrics: dict[str, Any] = _scores(tables, model.config)
     metrics["images_per_second"] = {"training": _training_speed(run_dir), "test": len(test) / max(seconds, 1e-9)}
+    if isinstance(model.net, SingleGated):
+        metrics |= gate_report(model, model.net, test)
     if model.net.routed_layers():
         metrics["routing"] = routing_report(model, test)
+    if isinstance(model.net, DeepMoE):
+        metrics["channels"] = channel_report(model, model.net, test)
     write_metrics(run_dir, metrics)
     return metrics
 
@@ -143,6 +161,40 @@ def routing_report(model: TrainedClassifier, test: ImageDataset) -> dict[str, An
 
     `error_without_branch` and `error_permuted_routing` are gains in top-1 error, in percent of the images.
     """
+    return describe_routing(model.net.routed_layers(), *_judged(model, test))
+
+
+def channel_report(model: TrainedClassifier, net: DeepMoE, test: ImageDataset) -> dict[str, Any]:
+    """Tell which channels are on and what the choice is worth, on the same images, in percent of them."""
+    return describe_channels(net, *_judged(model, test))
+
+
+def gate_report(model: TrainedClassifier, whole: SingleGated, test: MapDataset) -> dict[str, Any]:
+    """Tell what gate, experts and early exit of a single-gated mixture are worth, on all test images.
+
+    Errors are in percent of the images; the curve of `early_exit` has top-1 accuracy in percent.
+    """
+    draws = model.config.evaluation.bootstrap
+
+    def error(output: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        return 100.0 * (rank_of_label(output, batch["label"].to(output.device)) > 0)
+
+    routing, early_exit = describe_gate(
+        whole,
+        model.inputs(test),
+        error,
+        compare=lambda changed, intact: mean_estimate(changed - intact, draws),
+        score=lambda errors: mean_estimate(100 - errors, draws),
+        metric="error",
+        label="label",
+    )
+    return {"routing": {"gate": routing}, "early_exit": early_exit}
+
+
+def _judged(
+    model: TrainedClassifier, test: ImageDataset
+) -> tuple[Callable[[], np.ndarray], Callable[[np.ndarray, np.ndarray], Estimate], str]:
+    """Return how errors on evenly spaced test images are made and compared, and their name."""
     evaluation = model.config.evaluation
     chosen = np.linspace(0, len(test) - 1, min(len(test), evaluation.routing_images)).round().astype(int)
     data = Held(Subset(test, chosen.tolist()))
@@ -150,12 +202,7 @@ def routing_report(model: TrainedClassifier, test: ImageDataset) -> dict[str, An
     def errors() -> np.ndarray:
         return 100.0 * (predict(model, data)["rank"].to_numpy() > 0)
 
-    return describe_routing(
-        model.net.routed_layers(),
-        errors,
-        lambda changed, intact: mean_estimate(changed - intact, evaluation.bootstrap),
-        "error",
-    )
+    return errors, lambda changed, intact: mean_estimate(changed - intact, evaluation.bootstrap), "error"
 
 
 def score_again(run_dir: Path) -> dict[str, Any]:

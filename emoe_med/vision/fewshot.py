@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Subset
 
 from emoe_med.data.image_layouts import Files, Pixels
@@ -32,7 +34,7 @@ LEVEL = 0.95
 def fewshot(
     run_dir: Path, dataset: str | None, root: Path | None, shots: Sequence[int], draws: int
 ) -> tuple[dict[str, Any], Path]:
-    """Probe a run's features with ridge regression and nearest class means, and write `fewshot/<dataset>.json`.
+    """Probe a run's features by ridge, logistic regression and class means, and write `fewshot/<dataset>.json`.
 
     Other numbers of shots that the file has stay in it.
 
@@ -108,17 +110,13 @@ def supports(labels: np.ndarray, shot: int, draw: int) -> tuple[np.ndarray, np.n
     return np.concatenate(support), np.concatenate(held)
 
 
-@torch.no_grad()
 def features(model: TrainedClassifier, data: MapDataset) -> dict[str, np.ndarray]:
-    """Return what the head could see of each image [n, d]: the class token, where there is one, and the patch mean."""
-    prefix, parts = model.net.options.prefix, {"mean": []}
-    if model.net.options.class_token:
-        parts["token"] = []
-    for tokens in model.tokens(data):
-        parts["mean"].append(tokens[:, prefix:].mean(1).double().cpu().numpy())
-        if "token" in parts:
-            parts["token"].append(tokens[:, 0].double().cpu().numpy())
-    return {name: np.concatenate(found) for name, found in parts.items()}
+    """Return what the head could see of each image [n, d]: a transformer's class token, and the mean over places."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for batch in model.features(data):
+        for kind, found in batch.items():
+            parts.setdefault(kind, []).append(found.double().cpu().numpy())
+    return {kind: np.concatenate(found) for kind, found in parts.items()}
 
 
 class Ridge:
@@ -144,6 +142,26 @@ class Ridge:
         """Return the accuracy in percent under each penalty."""
         x = self._standardised(x)
         return np.array([100 * np.mean((x @ weight).argmax(1) == y) for weight in self.weights])
+
+
+class Logistic:
+    """Multinomial logistic regression (scikit-learn) for all penalties; features are standardised by the supports."""
+
+    INVERSE = 10.0 ** np.arange(2, -5, -1)  # C, so that penalties rise
+
+    def __init__(self, x: np.ndarray, y: np.ndarray, classes: int) -> None:
+        del classes  # every class has supports
+        self.fits = [
+            make_pipeline(StandardScaler(), LogisticRegression(C=inverse, max_iter=1000)).fit(x, y)
+            for inverse in self.INVERSE
+        ]
+
+    def accuracies(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Return the accuracy in percent under each penalty."""
+        return np.array([100 * fit.score(x, y) for fit in self.fits])
+
+
+PROBES = {"ridge": Ridge, "logistic": Logistic}
 
 
 def nearest_mean(x: np.ndarray, y: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:

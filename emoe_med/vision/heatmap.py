@@ -13,18 +13,19 @@ import pandas as pd
 import torch
 from scipy.stats import entropy
 
+from emoe_med.data.image_layouts import Listing
 from emoe_med.data.images import ImageDataset, list_images
 from emoe_med.errors import ConfigError, DataError, Fault
 from emoe_med.training.run_folder import replace_file
 from emoe_med.training.task import MapDataset
 from emoe_med.vision.evaluate import TrainedClassifier
+from emoe_med.vision.heatmap_page import heatmap_page
+
+FOLDER, PAGE = "expert_maps", "expert_class.html"
 
 
 def heatmap(run_dir: Path, root: Path | None) -> tuple[dict[str, Any], Path]:
-    """Count patches by expert and class on the test images, and write `expert_maps/` of the run.
-
-    `expert_class.csv` (layer, expert, class, mean patches of an image, p(expert | class)), `expert_class.json`
-    (NMI of expert and class, entropy of p(expert | class) over ln E, CV of the load) and a picture of each layer.
+    """Write the heat maps of a run, see `write_heatmap`; returns its figures by layer and the folder.
 
     Raises:
         ConfigError: HEAT-NONE, the run has no routed layer.
@@ -32,23 +33,35 @@ def heatmap(run_dir: Path, root: Path | None) -> tuple[dict[str, Any], Path]:
         DataError: The images cannot be read, or have other classes.
     """
     model = TrainedClassifier.load(run_dir)
-    if not model.net.routed_layers():
+    if not model.routes:
         raise ConfigError(Fault("HEAT-NONE", "this run has no routed layer", str(run_dir)))
     listing = list_images(model.config.data.dataset, root)
     if list(listing.classes) != model.meta["classes"]:
         raise DataError(Fault("IMG-CLASSES", "these are not the classes of the run", str(root)))
+    return write_heatmap(run_dir, model, listing), run_dir / FOLDER
+
+
+def write_heatmap(run_dir: Path, model: TrainedClassifier, listing: Listing) -> dict[str, Any]:
+    """Count patches (under a single gate, images) by expert and class on test images, and write `expert_maps/`.
+
+    `expert_class.html`, a page of all of it; `expert_class.csv` (layer, expert, class, mean patches of an image,
+    p(expert | class)), `expert_class.json` (NMI of expert and class, entropy of p(expert | class) over ln E, CV of
+    the load; by layer, and returned) and a picture of each layer.
+    """
     data = ImageDataset(listing.test, model.config.data.resize, model.meta["channels"])
     images = np.bincount(listing.test.labels, minlength=len(listing.classes))
     maps = {name: counts / np.maximum(images, 1) for name, counts in expert_class_counts(model, data).items()}
     maps["mean"] = np.mean(list(maps.values()), axis=0)
-    folder = run_dir / "expert_maps"
+    folder = run_dir / FOLDER
     folder.mkdir(exist_ok=True)
     figures = {name: describe(counts) for name, counts in maps.items()}
     replace_file(folder / "expert_class.json", (json.dumps(figures, indent=1) + "\n").encode())
     replace_file(folder / "expert_class.csv", _table(maps, listing.classes).to_csv(index=False).encode())
     for name, counts in maps.items():
         _draw(counts, listing.classes, f"{name}: patches of an image by expert and class", folder / f"{name}.png")
-    return figures, folder
+    title = f"{model.config.name} on {model.config.data.dataset}, {len(listing.test.labels)} images"
+    replace_file(folder / PAGE, heatmap_page(title, maps, listing.classes, figures).encode())
+    return figures
 
 
 def expert_class_counts(model: TrainedClassifier, data: MapDataset) -> dict[str, np.ndarray]:

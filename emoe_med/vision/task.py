@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any, Literal
 
 import torch
@@ -13,12 +14,14 @@ from torch.utils.data import Subset
 from emoe_med.data.image_augment import ImageAugmentOptions, augment, middle, normalised
 from emoe_med.data.images import ImageDataset
 from emoe_med.data.memory import Held
-from emoe_med.models.vit import ViT
+from emoe_med.model_config import GatingConfig
+from emoe_med.models.deep_moe import DeepMoE
 from emoe_med.models.weights import ViTWeights
 from emoe_med.moe import RoutingStats
+from emoe_med.training.channel_report import ChannelUse
 from emoe_med.training.task import MapDataset
 from emoe_med.vision.config import VisionConfig
-from emoe_med.vision.net import build_net
+from emoe_med.vision.net import Net, build_net
 
 ROUTER_FIGURES = ("cv", "entropy", "margin", "dead", "dropped")
 
@@ -54,11 +57,26 @@ class VisionTask:
         self.val_data: MapDataset = Subset(held, val)
         self.digests: Mapping[str, str] = dict(digests)
         self.meta = dict(meta)
+        self.gating: GatingConfig | None = getattr(config.model, "gating", None)
         self.augment = ImageAugmentOptions(**config.augment.model_dump())
 
-    def build_model(self) -> ViT:
+    def build_model(self) -> Net:
         """Build the network; weights follow from torch's seed."""
         return build_net(self.config.model, self.meta["channels"], len(self.meta["classes"]), self.start)
+
+    def plain(self) -> VisionTask:
+        """Return the same task for the base of a single-gated mixture alone."""
+        task, model = copy(self), self.config.model.model_copy(update={"single_gated": None})
+        task.config = self.config.model_copy(update={"model": model})
+        return task
+
+    def inside(self, model: nn.Module) -> nn.Module:
+        """Return the network in a model: all of it."""
+        return model
+
+    def around(self, network: nn.Module) -> nn.Module:
+        """Return a model with this network in it: itself."""
+        return network
 
     def prepare(self, batch: dict[str, Any], train: bool, keys: Tensor) -> dict[str, Any]:
         """Turn pixels [B, C, S, S] into the network's input, changed at random in training only.
@@ -72,27 +90,42 @@ class VisionTask:
         found = augment(batch["image"], keys, self.augment, self.config.model.image_size, mean, std)
         return {**batch, "image": found.image, "other": batch["label"][found.partner], "share": found.share}
 
+    def begin_epoch(self, model: Net, epoch: int) -> None:
+        """Hold the gating of a DeepMoE still in its second stage."""
+        if isinstance(model, DeepMoE) and self.gating is not None:
+            model.hold_gating(self.gating.holds(epoch, self.config.training.epochs))
+
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss to minimise, label smoothing and mixed labels included, and its parts."""
         out = model(batch["image"])
+        task = self._error(out.output, batch)
+        loss, parts = task + out.aux_loss, {"task": task.detach(), "aux": out.aux_loss.detach()}
+        if self.gating is None:
+            return loss, parts
+        side = task.new_zeros(()) if out.side_output is None else self._error(out.side_output, batch)
+        return loss + self.gating.embedding_loss * side, {**parts, "embedding": side.detach()}
+
+    def _error(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
         own, other = (
             F.cross_entropy(
-                out.output.float(), batch[name], reduction="none", label_smoothing=self.config.loss.label_smoothing
+                logits.float(), batch[name], reduction="none", label_smoothing=self.config.loss.label_smoothing
             )
             for name in ("label", "other")
         )
-        task = (batch["share"] * own + (1 - batch["share"]) * other).mean()
-        return task + out.aux_loss, {"task": task.detach(), "aux": out.aux_loss.detach()}
+        return (batch["share"] * own + (1 - batch["share"]) * other).mean()
 
-    def validate(self, model: ViT, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    def validate(self, model: Net, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """Return accuracy in percent, loss, and routing statistics by layer, over the validation images."""
         ranks, losses, stats = [], [], {}
+        use = ChannelUse(model) if isinstance(model, DeepMoE) else None
         for batch in batches:
             out = model(batch["image"])
             ranks.append(rank_of_label(out.output, batch["label"]).cpu())
             losses.append(F.cross_entropy(out.output.float(), batch["label"], reduction="none").cpu())
             for name, routing in out.routing.items():
                 stats.setdefault(name, RoutingStats(routing.probs.shape[1])).update(routing)
+            if use is not None:
+                use.update(batch["image"], out.gates)
         rank = torch.cat(ranks)
         metrics = {f"val/top{k}": 100 * float((rank < k).float().mean()) for k in (1, 5)}
         metrics["val/loss"] = float(torch.cat(losses).mean())
@@ -100,9 +133,9 @@ class VisionTask:
             summary = layer.summary()
             metrics |= {f"expert/{name}/{key[5:]}/load": v for key, v in summary.items() if key.startswith("load/")}
             metrics |= {f"router/{name}/{key}": summary[key] for key in ROUTER_FIGURES}
-        return metrics
+        return metrics if use is None else metrics | use.metrics()
 
-    def end_of_epoch(self, model: ViT) -> dict[str, float]:
+    def end_of_epoch(self, model: Net) -> dict[str, float]:
         """Return what the routed layers tell of themselves: scale of the branch, health of the basis."""
         metrics = {}
         for name, layer in model.routed_layers().items():

@@ -26,10 +26,12 @@ from emoe_med.training.arm import (
     is_done,
     tracked,
 )
-from emoe_med.training.loop import fit
 from emoe_med.training.run_folder import replace_file
+from emoe_med.training.single_gated import fit_run
+from emoe_med.training.tracking import Tracker
 from emoe_med.vision.config import VisionConfig
-from emoe_med.vision.evaluate import evaluate_run
+from emoe_med.vision.evaluate import TrainedClassifier, evaluate_run
+from emoe_med.vision.heatmap import FOLDER, PAGE, write_heatmap
 from emoe_med.vision.task import VisionTask
 
 LOG = logging.getLogger("emoe_med")
@@ -110,11 +112,25 @@ def _train_seed(
         replace_file(run_dir / "splits.csv", _splits(len(data), *parts).to_csv(index=False).encode())
         tracker.params(flat(config.model_dump(mode="json")))
         tracker.tags({"arm": config.name, "seed": config.training.seed, "dataset": config.data.dataset})
-        result = fit(task, config.training, run_dir, tracker, resume)
+        gated = getattr(config.model, "single_gated", None)
+        result = fit_run(task, config.training, gated, run_dir, tracker, resume)
         metrics = evaluate_run(run_dir, data, test, parts[1])
         tracker.metrics(result.step, headline(metrics))
         tracker.log_artifact(run_dir / "metrics.json", "metrics")
+        _record_heatmap(tracker, run_dir, listing)
         LOG.info("seed %d: test top-1 %.2f %%", config.training.seed, metrics["test"]["top1"]["value"])
+
+
+def _record_heatmap(tracker: Tracker, run_dir: Path, listing: Listing) -> None:
+    """Show which expert serves which class, where there are experts."""
+    model = TrainedClassifier.load(run_dir)
+    if model.routes:
+        write_heatmap(run_dir, model, listing)
+        for name in (PAGE, "expert_class.csv", "mean.png"):
+            tracker.log_artifact(run_dir / FOLDER / name, FOLDER)
+        tracker.flush()
+        if link := tracker.deep_link(f"{FOLDER}/{PAGE}"):
+            LOG.info("experts and classes, while `ui` runs: %s", link)
 
 
 def _splits(count: int, train: np.ndarray, val: np.ndarray) -> pd.DataFrame:

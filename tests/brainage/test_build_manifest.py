@@ -6,7 +6,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from emoe_med.brainage.build_manifest import from_bids, from_glob, from_ukb, write_manifest
+from emoe_med.brainage.build_manifest import write_manifest
+from emoe_med.brainage.manifest_bids import from_bids
+from emoe_med.brainage.manifest_glob import from_glob
+from emoe_med.brainage.manifest_ukb import from_ukb
 from emoe_med.data.manifest import read_manifest
 from emoe_med.errors import ConfigError, DataError
 
@@ -57,7 +60,7 @@ def test_bids_sessions_runs_and_masks(tmp_path):
         ),
     )
     table(tmp_path / "sub-01/sub-01_sessions.tsv", "session_id\tage", "ses-1\tn/a", "ses-2\t62.25")
-    built = from_bids(tmp_path)
+    built = from_bids(tmp_path, runs="all")
     assert list(built.rows.columns) == ["participant_id", "session_id", "image", "age", "sex", "site", "mask"]
     anat = "sub-01/ses-1/anat/sub-01_ses-1_run"
     assert rows(built) == [
@@ -71,12 +74,44 @@ def test_bids_sessions_runs_and_masks(tmp_path):
         "sub-04/anat/sub-04_T1w.nii.gz": "age is not a number",
         "sub-05/anat/sub-05_T1w.nii.gz": "age is missing",
     }
-    assert built.notes == ()
+    assert built.notes == ("2 scans have the age of participants.tsv; other sessions of the person have their own",)
     write_manifest(built, tmp_path / "m.csv")
     scans = read_manifest(tmp_path / "m.csv").scans
     assert [(scan.participant_id, scan.session_id, scan.age) for scan in scans] == [
         (row[0], row[1], float(row[3])) for row in rows(built)
     ]
+
+
+@pytest.mark.parametrize(("rule", "taken", "left"), [("first", 2, 10), ("last", 10, 2)])
+def test_one_run_of_a_session_is_taken_and_the_others_are_told(tmp_path, rule, taken, left):
+    """Runs count as numbers; a session without runs and a person without sessions are not touched."""
+    anat = "sub-01/ses-1/anat/sub-01_ses-1_run"
+    touch(tmp_path, *(f"{anat}-{run}_T1w.nii.gz" for run in (2, 10)))
+    touch(tmp_path, "sub-01/ses-2/anat/sub-01_ses-2_T1w.nii.gz")
+    touch(tmp_path, *(f"sub-02/anat/sub-02_run-{run}_T1w.nii.gz" for run in (10, 2)))
+    table(tmp_path / "participants.tsv", "participant_id\tage", "sub-01\t60.5", "sub-02\t50.5")
+    built = from_bids(tmp_path, runs=rule)
+    two, other = f"sub-02/anat/sub-02_run-{taken}_T1w.nii.gz", f"sub-02/anat/sub-02_run-{left}_T1w.nii.gz"
+    assert set(built.rows["image"]) == {f"{anat}-{taken}_T1w.nii.gz", "sub-01/ses-2/anat/sub-01_ses-2_T1w.nii.gz", two}
+    assert skipped(built) == {
+        f"{anat}-{left}_T1w.nii.gz": f"another scan of this session was taken, {anat}-{taken}_T1w.nii.gz; "
+        "--runs all takes each",
+        other: f"another scan of this session was taken, {two}; --runs all takes each",
+    }
+    assert len(from_bids(tmp_path, runs="all").rows) == 5
+
+
+def test_bids_ages_may_stand_in_the_sessions_alone(tmp_path):
+    touch(tmp_path, *(f"sub-01/ses-{i}/anat/sub-01_ses-{i}_T1w.nii.gz" for i in "123"))
+    touch(tmp_path, "sub-02/anat/sub-02_T1w.nii.gz")
+    table(tmp_path / "participants.tsv", "participant_id\tsex", "sub-01\tF", "sub-02\tM")
+    table(tmp_path / "sub-01/sub-01_sessions.tsv", "session_id\tage", "ses-1\t60.5", "ses-2\tn/a", "ses-3\t64.25")
+    built = from_bids(tmp_path)
+    assert [(row[1], row[3], row[4]) for row in rows(built)] == [("ses-1", "60.5", "F"), ("ses-3", "64.25", "F")]
+    assert skipped(built) == {
+        "sub-01/ses-2/anat/sub-01_ses-2_T1w.nii.gz": "age is missing",
+        "sub-02/anat/sub-02_T1w.nii.gz": "age is missing",
+    }
 
 
 def test_of_several_versions_the_native_preprocessed_one_is_taken(tmp_path):
@@ -133,6 +168,7 @@ UKB_FILES = (
     "1000001_20252_2_0/T1/T1.nii.gz",
     "1000001_20252_2_0/T1/T1_brain_mask.nii.gz",
     "1000001_20252_2_0/T1/T1_brain_to_MNI.nii.gz",
+    "1000001_20252_2_0/T1/transforms/T1_to_MNI_linear.mat",
     "1000001_20252_3_0/T1/T1.nii.gz",
     "1000001_20252_3_0/T1/T1_brain_mask.nii.gz",
     "1000002/1000002_20252_2_0/T1/T1.nii.gz",
@@ -170,20 +206,22 @@ def test_ukb_layout(tmp_path, spelling, separator):
     assert list(built.rows.columns) == TEMPLATE.read_text().splitlines()[0].split(",")
     first, other = "1000001_20252_2_0/T1/T1", "1000001_20252_3_0/T1/T1"
     brain = "1000002/1000002_20252_2_0/T1/T1_unbiased_brain.nii.gz"
+    linear = "1000001_20252_2_0/T1/transforms/T1_to_MNI_linear.mat"
     assert rows(built) == [
-        ("1000001", "2", f"{first}_unbiased.nii.gz", "60", "F", "11025", f"{first}_brain_mask.nii.gz"),
-        ("1000001", "3", f"{other}.nii.gz", "63", "F", "11027", f"{other}_brain_mask.nii.gz"),
-        ("1000002", "2", brain, "70", "M", "11026", ""),
+        ("1000001", "2", f"{first}_unbiased.nii.gz", "60", "F", "11025", f"{first}_brain_mask.nii.gz", linear),
+        ("1000001", "3", f"{other}.nii.gz", "63", "F", "11027", f"{other}_brain_mask.nii.gz", ""),
+        ("1000002", "2", brain, "70", "M", "11026", brain, ""),  # above 0 it is its own mask
     ]
     assert skipped(built) == {
-        "10/1000007_20252_2_0.zip": "still zipped: unzip it",
+        "10/1000007_20252_2_0.zip": "is not a whole zip archive (File is not a zip file)",
         "1000003_20252_2_0": "marked unusable by UK Biobank",
         "1000004_20252_2_0": "no T1 with a brain mask, and no T1_brain",
         "1000005_20252_2_0": "eid is not in fields.csv",
         "1000006_20252_2_0/T1/T1_brain.nii.gz": "age is missing",
         "1000008_20252_1_0": "not a scan of instance 2 or 3",
     }
-    assert built.notes[0].startswith("all ages are whole years")
+    assert built.notes[0] == "2 scans lack T1/transforms/T1_to_MNI_linear.mat: then all heads are aligned anew"
+    assert built.notes[1].startswith("all ages are whole years")
     write_manifest(built, tmp_path / "m.csv")
     assert len(read_manifest(tmp_path / "m.csv", bulk).scans) == 3
 
@@ -193,7 +231,10 @@ def test_ukb_warped_images_only_on_demand(tmp_path):
     fields = table(tmp_path / "fields.csv", "eid,p21003_i2", *(f"100000{i},6{i}" for i in range(1, 9)))
     assert not any("MNI" in row[2] for row in rows(from_ukb(tmp_path, fields)))
     built = from_ukb(tmp_path, fields, warped=True)
-    assert [row[2] for row in rows(built)] == ["1000001_20252_2_0/T1/T1_brain_to_MNI.nii.gz"]
+    image = "1000001_20252_2_0/T1/T1_brain_to_MNI.nii.gz"
+    assert built.rows[["image", "mask", "warped"]].to_numpy().tolist() == [[image, image, "yes"]]
+    assert "transform" not in built.rows
+    assert built.notes[0].startswith("images are warped nonlinearly")
     assert skipped(built)["1000005_20252_2_0"] == "no T1/T1_brain_to_MNI.nii.gz"
 
 
@@ -206,7 +247,7 @@ def test_ukb_decimal_age_from_dates(tmp_path):
     )
     built = from_ukb(tmp_path, fields)
     assert built.rows["age"].tolist() == ["65.5", "67"]
-    assert built.notes == ()
+    assert len(built.notes) == 1
 
 
 @pytest.mark.parametrize(

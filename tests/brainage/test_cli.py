@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from emoe_med.brainage.__main__ import app
 from emoe_med.data.cohort import write_cohort
-from emoe_med.training.checkpoint import sealed
+from emoe_med.training.seal import sealed
 
 REPOSITORY = Path(__file__).parent.parent.parent
 TINY = """
@@ -69,6 +69,8 @@ def test_help_is_quick_and_loads_nothing_heavy():
         "train",
         "predict",
         "preprocess",
+        "export",
+        "selftest",
         "evaluate",
         "check",
         "compare",

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from emoe_med.brainage.conformal import Interval, coverage, fit_interval, with_coverage
+from emoe_med.brainage.conformal import Interval, coverage, fit_interval, pooled_coverage, with_coverage
 from emoe_med.brainage.metrics import Bootstrap, evaluate
 from emoe_med.errors import DataError
 
@@ -80,3 +80,25 @@ def test_each_stratum_has_its_coverage():
     assert metrics["interval"]["coverage"]["value"] == 0.5
     assert (metrics["interval"]["width"], metrics["interval"]["n"]) == (10.0, 9)
     assert with_coverage({}, scans, None) == {"interval": None}
+
+
+def test_coverage_is_pooled_over_folds_and_seeds_by_person():
+    """Two folds of other widths, and a second seed for the first person, whom one of the two seeds covers."""
+    scans = pd.DataFrame(
+        {
+            "participant_id": [1, 2, 3, 4, 1],
+            "age": [25.0, 28.0, 35.0, 61.0, 25.0],
+            "lower": [20.0, 10.0, 35.0, 50.0, 26.0],
+            "upper": [30.0, 20.0, 41.0, 56.0, 36.0],
+            "site": ["a", "a", "b", None, "a"],
+        }
+    )
+    found = pooled_coverage(scans)
+    assert found["coverage"]["value"] == (0.5 + 0 + 1 + 0) / 4
+    assert found["coverage"]["low"] == pytest.approx(stats.beta.ppf(0.025, 1.5, 3.5))
+    assert found["width"] == (10 + 10 + 6 + 6) / 4
+    by_age = {name: (part["coverage"]["value"], part["width"]) for name, part in found["by_age"].items()}
+    assert by_age == {"20-29": (0.25, 10.0), "30-39": (1.0, 6.0), "60-69": (0.0, 6.0)}
+    assert {name: part["coverage"]["n"] for name, part in found["by_site"].items()} == {"a": 2, "b": 1, "unknown": 1}
+    assert (found["by_age"]["60-69"]["coverage"]["low"], found["by_age"]["30-39"]["coverage"]["high"]) == (0.0, 1.0)
+    assert pooled_coverage(scans.drop(columns=["lower", "upper"])) is None

@@ -51,6 +51,14 @@ def test_a_side_that_does_no_harm_is_not_judged():
     assert set(broken(spread, spacing_mm=1e6, mode=1e6, dark=1e6)) == {"spacing_mm", "mode", "dark"}
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_measure_that_is_zero_in_all_training_scans_still_judges(name):
+    """As the signal around the brain is in stripped scans."""
+    spread = Spread.of(np.tile(scan(**{name: 0.0}), (50, 1)))
+    assert broken(spread, **{name: 0.0}) == []
+    assert broken(spread, **{name: 1e3}) == [name]
+
+
 def test_scans_that_are_all_alike_do_not_make_every_other_scan_odd():
     alike = Spread.of(np.tile(scan(spacing_mm=1.0, cut_cm2=0.0, negative=0.0), (50, 1)))
     assert broken(alike, spacing_mm=1.2, cut_cm2=2.0, negative=0.001, cv=101.0) == []

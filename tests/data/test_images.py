@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import tarfile
 import zipfile
 
@@ -150,13 +151,84 @@ def test_cifar100_has_the_fine_label_second(tmp_path):
     assert len(listing.classes) == 100
 
 
-def test_pickled_cifar_is_refused_unread(tmp_path):
-    canary = tmp_path / "canary"
-    evil = f"cposix\nsystem\n(S'touch {canary}'\ntR.".encode()
-    write(tmp_path, {"cifar-10-batches-py/data_batch_1": evil})
-    with pytest.raises(DataError, match=r"pickled.*binary version"):
+def pickled_by_python_2(pixels, labels, keys=("labels",)):
+    """Write a batch as the published ones are: protocol 2, byte strings, an array of bytes."""
+    text = lambda value: b"T" + len(value).to_bytes(4, "little") + value  # noqa: E731
+    number = lambda value: b"J" + int(value).to_bytes(4, "little")  # noqa: E731
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + number(0) + b"\x85" + text(b"b") + b"\x87R"
+        b"(" + number(1) + number(len(pixels)) + number(3072) + b"\x86"
+        b"cnumpy\ndtype\n" + text(b"u1") + number(0) + number(1) + b"\x87R"
+        b"(" + number(3) + text(b"|") + b"NNN" + number(-1 % 2**32) + number(-1 % 2**32) + number(0) + b"tb"
+        b"\x89" + text(pixels.tobytes()) + b"tb"
+    )
+    lists = b"".join(text(key.encode()) + b"](" + b"".join(map(number, labels)) + b"e" for key in keys)
+    return b"\x80\x02}(" + text(b"data") + array + lists + b"u."
+
+
+def python_cifar10(tmp_path, **changed):
+    rng = np.random.default_rng(0)
+    parts = {
+        name: (rng.integers(0, 256, (12, 3072), dtype=np.uint8), rng.integers(0, 10, 12))
+        for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    }
+    names = pickle.dumps({b"label_names": [b"thing%d" % i for i in range(10)]}, protocol=2)
+    files = {name: pickled_by_python_2(*part) for name, part in parts.items()}
+    files = {**files, "batches.meta": names, **changed}
+    write(tmp_path, {f"cifar-10-batches-py/{name}": data for name, data in files.items()})
+    return parts
+
+
+def test_cifar_in_its_python_version(tmp_path):
+    parts = python_cifar10(tmp_path)
+    listing = list_images("cifar10", tmp_path)
+    assert listing.classes == tuple(f"thing{i}" for i in range(10))
+    *train, test = parts.values()
+    assert listing.train.labels.tolist() == np.concatenate([labels for _, labels in train]).tolist()
+    np.testing.assert_array_equal(
+        listing.train.pixels.reshape(60, 3072), np.concatenate([pixels for pixels, _ in train])
+    )
+    np.testing.assert_array_equal(listing.test.pixels.reshape(12, 3072), test[0])
+
+
+def test_cifar100_in_its_python_version_has_the_fine_labels(tmp_path):
+    pixels, fine = np.zeros((4, 3072), np.uint8), [7, 99, 0, 3]
+    batch = pickle.dumps({b"data": pixels, b"coarse_labels": [1] * 4, b"fine_labels": fine}, protocol=2)
+    names = pickle.dumps({b"fine_label_names": [b"c%d" % i for i in range(100)]}, protocol=2)
+    write(
+        tmp_path,
+        {f"cifar-100-python/{name}": data for name, data in (("train", batch), ("test", batch), ("meta", names))},
+    )
+    listing = list_images("cifar100", tmp_path)
+    assert listing.train.labels.tolist() == fine
+    assert listing.classes[99] == "c99"
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('ran')",))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (pickle.dumps(Evil(), protocol=2), "names builtins.exec|names __builtin__.exec"),
+        (pickle.dumps({b"data": Evil()}, protocol=2), "names"),
+        (pickle.dumps({b"data": np.zeros((2, 3072)), b"labels": [0, 0]}, protocol=2), "f8"),
+        (pickle.dumps({b"data": np.array([None]), b"labels": [0]}, protocol=2), "O8"),
+        (pickle.dumps({b"data": np.zeros((2, 9), np.uint8), b"labels": [0, 0]}, protocol=2), "no images"),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}, protocol=2), "class 10 of 10"),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [-1]}, protocol=2), "no class numbers"),
+        (pickle.dumps([1]), "a list"),
+        (pickled_by_python_2(np.zeros((2, 3072), np.uint8), [0, 0])[:-40], "no CIFAR batch"),
+        (b"", "no CIFAR batch"),
+    ],
+)
+def test_a_pickle_that_is_no_batch_is_refused_unrun(tmp_path, content, reason):
+    python_cifar10(tmp_path, data_batch_3=content)
+    with pytest.raises(DataError, match=reason) as caught:
         list_images("cifar10", tmp_path)
-    assert not canary.exists()
+    assert "data_batch_3" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ def test_the_template_is_well_formed_but_for_its_images():
     assert len({(scan.participant_id, scan.session_id) for scan in manifest.scans}) == len(manifest.scans) == 6
     for scan in manifest.scans:
         folder = f"{scan.participant_id}_20252_{scan.session_id}_0"
-        assert scan.image.relative_to(TEMPLATE.parent).as_posix() == f"{folder}/T1/T1_unbiased.nii.gz"
+        assert scan.image.relative_to(TEMPLATE.parent).as_posix() == f"{folder}/T1/T1_unbiased_brain.nii.gz"
         assert identity_from_path(str(scan.image)) == (scan.participant_id, scan.session_id)
 
 

@@ -4,7 +4,7 @@ from sklearn.linear_model import Ridge as Reference
 from sklearn.metrics import normalized_mutual_info_score
 
 from emoe_med.errors import DataError
-from emoe_med.vision.fewshot import PENALTIES, Ridge, nearest_mean, supports
+from emoe_med.vision.fewshot import PENALTIES, Logistic, Ridge, nearest_mean, supports
 from emoe_med.vision.heatmap import describe
 
 
@@ -23,6 +23,16 @@ def test_ridge_is_that_of_scikit_learn(n, d):
         reference = Reference(alpha=PENALTIES[index], fit_intercept=False, solver="svd", tol=1e-10)
         reference.fit(standard, 2 * np.eye(4)[y] - 1)
         np.testing.assert_allclose(probe.weights[index], reference.coef_.T, atol=1e-7)
+
+
+def test_logistic_probes_come_in_order_of_penalty_and_learn():
+    x, y = drawn(40, 6)
+    other, labels = drawn(400, 6, seed=0)
+    probe = Logistic(x, y, 4)
+    sizes = [np.abs(fit[-1].coef_).sum() for fit in probe.fits]
+    assert sizes == sorted(sizes, reverse=True)
+    assert probe.accuracies(x, y)[0] > probe.accuracies(x, y)[-1] - 1e-9
+    assert probe.accuracies(other, labels).max() > 30
 
 
 def test_classes_in_another_order_give_the_same_accuracy():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -163,6 +164,11 @@ def test_probes_and_heat_map_of_a_run(trained):
     np.testing.assert_allclose(by_class["patches"].sum(), 4)  # every patch of an image has one expert
     np.testing.assert_allclose(by_class["p_expert_given_class"].sum(), 1)
     assert (folder / "mean.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "expert_class.html").read_text()
+    shown = json.loads(re.search(r"^const DATA = (.*);$", page, re.M)[1])
+    first = table[(table["layer"] == "block1") & (table["expert"] == "E00")]
+    np.testing.assert_allclose(shown["maps"]["block1"][0], first["patches"], atol=1e-4)
+    assert "http" not in page  # asks nothing of anybody
     assert set(json.loads((folder / "expert_class.json").read_text())) == {"block0", "block1", "mean"}
 
 

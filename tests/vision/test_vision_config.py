@@ -38,9 +38,9 @@ def test_every_shipped_run_loads_builds_and_tells_what_it_is(path):
     assert f"{path.stem}.yaml" in head[-1] or path.stem in DEFAULTS.values()
     with torch.device("meta"):
         net = build_net(config.model, 3, 10)
-    layers = config.model.moe.blocks if config.model.moe else ()
-    assert [*net.routed_layers()] == [f"block{n}" for n in layers]
-    assert net.head.weight.requires_grad
+    layers = getattr(config.model, "moe", None)
+    assert [*net.routed_layers()] == [f"block{n}" for n in (layers.blocks if layers else ())]
+    assert [*net.parameters()][-1].requires_grad  # the head
 
 
 def test_defaults_are_shipped_and_named_by_data_set():
@@ -60,6 +60,12 @@ def test_arms_of_one_comparison_differ_in_the_layer_alone():
         runs = [load_vision(CONFIGS / f"{arm}.yaml") for arm in arms]
         stripped = [r.model_copy(update={"name": "", "model": r.model.model_copy(update={"moe": None})}) for r in runs]
         assert all(run == stripped[0] for run in stripped)
+
+
+def test_residual_arms_differ_from_the_transformers_in_the_network_alone():
+    runs = [load_vision(CONFIGS / f"cifar10_{arm}_small.yaml") for arm in ("emoe", "resnet", "deepmoe")]
+    stripped = [run.model_copy(update={"name": "", "model": runs[0].model}) for run in runs]
+    assert all(run == stripped[0] for run in stripped)
 
 
 def test_adapters_have_the_active_and_the_total_expert_weights():
@@ -99,6 +105,10 @@ def test_what_a_size_and_missing_blocks_stand_for_is_written_out(tmp_path):
         ("data.dataset=mnist", "dataset"),
         ("model.moe.router.kind=ermoe", "needs experts with a basis"),
         ("augment.cutout=1", "cutout"),
+        ("model.kind=vgg", "model: kind is not one of vit, resnet"),
+        ("model.colour=1", r"model\.colour: Extra"),
+        ("model={kind: resnet, image_size: 8, heads: 3}", r"model\.heads: Extra"),
+        ("model={kind: resnet, image_size: 8, width: 0.01}", "leave no channel"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(tmp_path, assignment, told):

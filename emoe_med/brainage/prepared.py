@@ -1,0 +1,81 @@
+"""Scans for a model of preprocessed volumes: raw ones go through the very steps of its training scans first.
+
+So a raw head and the volume that `preprocess` made of it give the network the same voxels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from emoe_med.brainage.preprocess import each, process
+from emoe_med.brainage.preprocess_files import Outputs
+from emoe_med.data.cache import FileDigests
+from emoe_med.data.prepare import Preparation, require_extra
+from emoe_med.data.scan import Scan
+from emoe_med.data.sidecar import vouching
+from emoe_med.errors import Fault, VolumeError
+from emoe_med.training.progress import counted
+
+LOG = logging.getLogger("emoe_med")
+
+
+def prepared_like(
+    contract: Mapping[str, Any], scans: Sequence[Scan], cache_dir: Path, jobs: int = 0
+) -> tuple[list[Scan], list[Fault]]:
+    """Put the preprocessed volume, made in the cache, in the place of every raw scan.
+
+    What `preprocess` wrote is left as it is, by whatever steps: the contract tells them apart.
+
+    Args:
+        contract: Of the model; where its training scans were not preprocessed, nothing is done.
+        scans: To predict.
+        cache_dir: Keeps the volumes, under the digests of what they were made from.
+        jobs: Processes side by side.
+
+    Returns:
+        The scans that can be used, in their order, and the faults of the others, each with its row.
+
+    Raises:
+        ConfigError: PREP-EXTRA, packages of the full path are missing.
+    """
+    steps = contract.get("strip", {}).get("prepared")
+    if steps is None:
+        return list(scans), []
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    digests = FileDigests(cache_dir / "file-digests.txt")
+    raw = {scan.row: scan for scan in scans if vouching(scan.image, scan.mask or scan.labels, digests.of) is None}
+    if not raw:
+        return list(scans), []
+    preparation = Preparation.of(steps)
+    if preparation.path == "full":
+        require_extra()
+    LOG.warning("note: scans that are preprocessed first, as the training scans of this model were: %d", len(raw))
+    out = cache_dir / f"prepared-{preparation.digest()}"
+    names = {row: _name(scan, digests) for row, scan in raw.items()}
+    work = partial(process, out=out, preparation=preparation)
+    tasks = [(scan, names[row]) for row, scan in raw.items()]
+    outcomes = {outcome.row: outcome for outcome in each(work, tasks, jobs, counted("preprocessing scans"))}
+    kept = []
+    for scan in scans:
+        if scan.row in raw and not outcomes[scan.row].faults:
+            files = Outputs(names[scan.row], preparation.spacing_mm)
+            scan = replace(scan, image=out / files.image, mask=out / files.mask, labels=None, sha256=None)
+        if scan.row not in raw or not outcomes[scan.row].faults:
+            kept.append(scan)
+    return kept, [fault for outcome in outcomes.values() for fault in outcome.faults]
+
+
+def _name(scan: Scan, digests: FileDigests) -> str:
+    """Name a scan by the content of its files: nobody's name, and one volume for one head."""
+    try:
+        content = "".join(digests.of(file) for file in (scan.image, scan.mask or scan.labels) if file)
+    except VolumeError:  # preprocessing will tell
+        content = str(scan.row)
+    name = hashlib.sha256(content.encode()).hexdigest()[:32]
+    return f"{name[:2]}/{name}"

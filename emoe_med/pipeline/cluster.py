@@ -56,6 +56,7 @@ class Cluster:
             raise ConfigError(Fault("PIPE-SUBMITIT", "submitit is not installed", hint=hint)) from error
         self._folder = folder.resolve()
         self._numbers = self._folder / "jobs.json"
+        self._job = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[kind]
         self._executor = submitit.AutoExecutor(folder=self._folder, cluster=kind)
         self._executor.update_parameters(**_options(options))
 
@@ -89,7 +90,7 @@ class Cluster:
         if not self._numbers.is_file():
             return {}
         numbers = json.loads(self._numbers.read_text())
-        return {label: self._executor.job_class(self._folder, number) for label, number in numbers.items()}
+        return {label: self._job(self._folder, number) for label, number in numbers.items()}
 
     @staticmethod
     def _ids(jobs: Mapping[str, Any]) -> dict[str, str]:

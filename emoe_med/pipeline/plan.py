@@ -151,7 +151,7 @@ def _jobs(pipeline: Pipeline, entry: RunEntry, arm: Arm, path: Path) -> list[tup
     if arm.task == "vision":
         if entry.folds != "all":
             raise ConfigError(Fault("PIPE-FOLDS", f"{arm.name}: images have no folds", str(path)))
-        routed = getattr(arm.config.model, "moe", None) is not None
+        routed = any(getattr(arm.config.model, name, None) is not None for name in ("moe", "single_gated"))
         steps = tuple(step for step in pipeline.steps if isinstance(step, FewShot) or routed)
         return [(at, Job(arm, seed, None, steps)) for at, seed in enumerate(entry.seeds)]
     count = arm.config.data.folds

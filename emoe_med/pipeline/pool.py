@@ -39,6 +39,8 @@ class Pool:
         threads = max(1, (os.cpu_count() or 1) // jobs)
         for name in THREAD_VARIABLES:
             os.environ.setdefault(name, str(threads))  # read when the libraries load: before the first process
+        # whoever asks whether there is a GPU must not start CUDA in the process that others are forked from
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
         self._stop = 0

@@ -64,7 +64,7 @@ def test_a_failing_run_is_named_and_stops_nothing(made):
     assert table.loc["test/top1", "runs_done"].to_dict() == {"tiny": 1, "routed": 1, "broken": 0}
     assert table.loc[("fewshot/digits/1/token/ridge", "routed"), "n"] == 3
     assert 0 <= table.loc[("heatmap/nmi", "routed"), "value"] <= 1
-    assert '("heatmap/nmi", "tiny")' not in table.index  # nothing is routed there
+    assert ("heatmap/nmi", "tiny") not in table.index  # nothing is routed there
     assert first.stdout.startswith("# tiny_table")
     assert "PLUMBING ONLY" in first.stdout
 

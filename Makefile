@@ -4,7 +4,7 @@ MANIFEST ?= demo/cohort/manifest.csv
 # uv does not read pip's configuration; hand it the folder of local wheels, where pip has one
 export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS),$(shell $(PY) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: demo test lint faults bench bench-brainage ui preprocess-extra clean
+.PHONY: demo test lint faults bench bench-brainage bench-paper-smoke docs-check ui preprocess-extra clean
 
 demo: .venv/.installed
 	$(BIN)/python -m emoe_med.brainage demo
@@ -23,6 +23,16 @@ bench: .venv/.installed
 
 bench-brainage: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/brainage.py --manifest $(MANIFEST)
+
+# every table of the papers on data at hand, in minutes each; PAPER_DATA holds cifar10, tiny_imagenet and ixi
+PAPER_DATA ?= $(or $(EMOE_MED_TEST_DATA),../shared/data)
+bench-paper-smoke: .venv/.installed
+	for file in pipelines/*_smoke.yaml; do \
+	  $(BIN)/python -m emoe_med.pipeline run $$file --data-root $(PAPER_DATA) --out runs/smoke --jobs 2 || exit 1; done
+
+# the commands of the documentation, run for real on drawn heads and digits
+docs-check: .venv/.installed
+	$(BIN)/python -m pytest -m faults tests/test_docs.py
 
 ui: .venv/.installed
 	$(BIN)/python -m emoe_med.brainage ui --out demo/runs

@@ -183,7 +183,6 @@ class GatingConfig(Section):
     held_share: float = Field(
         0.2, ge=0, lt=1, description="last part of the epochs, in which gating stands still and both weights are 0"
     )
-    skip: bool = Field(True, description="leave out channels that are off, where samples come one at a time")
 
     def options(self) -> Any:
         """Return the `DeepMoEOptions`."""

@@ -33,6 +33,13 @@ def test_arms_differ_in_the_layer_alone():
         assert all(run == stripped[0] for run in stripped)
 
 
+def test_other_networks_of_the_small_size_learn_from_the_same_data():
+    runs = [load_run(CONFIGS[0].parent / f"{arm}_4mm.yaml") for arm in ("emoe", "deepmoe", "ermoe_ba")]
+    for run in runs:
+        assert (run.data, run.augment, run.evaluation) == (runs[0].data, runs[0].augment, runs[0].evaluation)
+        assert run.training.model_copy(update={"lr": 1.0}) == runs[0].training.model_copy(update={"lr": 1.0})
+
+
 def test_scientific_numbers_are_numbers_and_the_dump_reads_back(tmp_path):
     config = load(tmp_path, SMALL, "training.batch_size=4")
     assert config.training.lr == 0.002

@@ -18,18 +18,43 @@ def test_every_command_shown_anywhere_exists():
     from typer.testing import CliRunner
 
     from emoe_med.brainage.__main__ import app as brainage
+    from emoe_med.pipeline.__main__ import app as pipeline
     from emoe_med.vision.__main__ import app as vision
 
     here = Path(__file__).parent.parent
     pages = [README, *(path.read_text() for pattern in SHOWN for path in here.glob(pattern))]
     shown = {found for page in pages for found in re.findall(r"python -m emoe_med\.([\w.]+)((?: [a-z][a-z-]*)*)", page)}
     assert len(shown) > 20
-    apps = {"brainage": brainage, "vision": vision}
+    apps = {"brainage": brainage, "pipeline": pipeline, "vision": vision}
     for module, verbs in shown:
         known = [app for app in [apps.get(module)] if app]
         assert known, f"python -m emoe_med.{module} is no command"
         verb = verbs.split()[: 2 if verbs.startswith(" manifest") else 1]
         assert CliRunner().invoke(known[0], [*verb, "--help"]).exit_code == 0, (module, verb)
+
+
+def test_every_option_shown_anywhere_exists():
+    import typer
+
+    from emoe_med.brainage.__main__ import app as brainage
+    from emoe_med.pipeline.__main__ import app as pipeline
+    from emoe_med.vision.__main__ import app as vision
+
+    here = Path(__file__).parent.parent
+    apps = {"brainage": brainage, "pipeline": pipeline, "vision": vision}
+    pages = [path.read_text() for pattern in SHOWN for path in here.glob(pattern)]
+    shown = {found for page in pages for found in re.findall(r"python -m emoe_med\.(\w+) ([^`\n#]+)", page)}
+    checked = 0
+    for module, rest in shown:
+        words = rest.split()
+        command = typer.main.get_command(apps[module])
+        while getattr(command, "commands", None) and words and words[0] in command.commands:
+            command = command.commands[words.pop(0)]
+        known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+        for option in re.findall(r"(?<!\S)--[a-z-]+", " ".join(words)):
+            assert option in known, (module, rest)
+            checked += 1
+    assert checked > 50
 
 
 def test_linked_files_are_there():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from emoe_med.brainage.evaluate import read_predictions
 from emoe_med.brainage.metrics import DEFAULT_BOOTSTRAP
 from emoe_med.brainage.strata import first_sessions
 from emoe_med.errors import DataError, Fault
+from emoe_med.training.arm import check_alike
 
 
 def compare_groups(folders: list[Path]) -> tuple[dict[str, Any], str]:
@@ -41,7 +41,7 @@ def compare_groups(folders: list[Path]) -> tuple[dict[str, Any], str]:
     common = set.intersection(*(set(found) for found in runs.values()))
     if not common:
         raise DataError(Fault("CMP-RUNS", "the arms have no fold and seed in common"))
-    _check_alike(runs, common)
+    check_alike((key[1], found[key]) for key in sorted(common) for found in runs.values())
     groups = {folder.name: _predictions({key: runs[folder][key] for key in common}) for folder in folders}
     result = compare(groups, reference=folders[0].name)
     for folder in folders:
@@ -66,22 +66,6 @@ def _runs(folder: Path) -> dict[tuple[int, int], Path]:
     if not runs:
         raise DataError(Fault("CMP-NONE", "no evaluated run in this folder", str(folder)))
     return runs
-
-
-def _check_alike(runs: dict[Path, dict[tuple[int, int], Path]], common: set[tuple[int, int]]) -> None:
-    """Refuse runs that saw other scans: manifest, chain and splits must be the same fold by fold."""
-    faults, known = [], {}
-    for key in sorted(common):
-        for found in runs.values():
-            environment = json.loads((found[key] / "environment.json").read_text())
-            facts = {name: environment.get(name) for name in ("manifest", "chain")}
-            facts["splits"] = hashlib.sha256((found[key] / "splits.csv").read_bytes()).hexdigest()
-            for name, value in facts.items():
-                scope = (name, key[1]) if name == "splits" else name
-                if known.setdefault(scope, value) != value:
-                    faults.append(Fault("CMP-OTHER", f"another {name} than the other runs", str(found[key])))
-    if faults:
-        raise DataError(*faults)
 
 
 def _predictions(runs: dict[tuple[int, int], Path]) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from scipy import stats
 
 from emoe_med.brainage.metrics import DEFAULT_BOOTSTRAP, Bootstrap, Estimate
 from emoe_med.errors import DataError, Fault
+from emoe_med.training.paired import holm
 
 
 def paired_difference(
@@ -43,16 +44,6 @@ def paired_difference(
         rng=np.random.default_rng(bootstrap.seed),
     )
     return found | {"p": float(test.pvalue)}
-
-
-def holm(p_values: np.ndarray) -> np.ndarray:
-    """Correct p values [M] for their number. Source: Holm 1979, Scand. J. Stat. 6:65."""
-    p_values = np.asarray(p_values, float)
-    order = np.argsort(p_values)
-    stepped = p_values[order] * np.arange(len(p_values), 0, -1)
-    corrected = np.empty_like(p_values)
-    corrected[order] = np.minimum(np.maximum.accumulate(stepped), 1)
-    return corrected
 
 
 def compare(

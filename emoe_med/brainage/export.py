@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from emoe_med.brainage.model_card import INTENDED, MUST_COMPLETE, model_card
 from emoe_med.brainage.predict import Predictor
 from emoe_med.brainage.report import shared_metrics
 from emoe_med.brainage.selftest import draw_scan, measure, selftest
+from emoe_med.data.prepare import EXTRA, version
 from emoe_med.data.register import box_grid
 from emoe_med.errors import CheckpointError, ConfigError, DataError, Fault
 from emoe_med.training.checkpoint import serialise
@@ -34,6 +36,7 @@ from emoe_med.training.run_folder import environment, storage_error, write_synce
 from emoe_med.training.seal import file_entry, sealed
 
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
+REQUIRED = ("emoe-med", "nibabel", "nilearn", "safetensors")
 VERSION = "0.1.0"  # of the bundle; the author raises it in configs/metadata.json
 
 
@@ -101,8 +104,15 @@ def _write(predictor: Predictor, run_dir: Path, folder: Path) -> None:
     write_synced(folder / CARD, model_card(predictor, metrics, trained, here).encode())
     write_synced(folder / METADATA, _json(_metadata(predictor, metrics, here)))
     write_synced(folder / INFERENCE, _json(_inference()))
-    licence = importlib.metadata.distribution("emoe-med").read_text("licenses/LICENSE")
-    write_synced(folder / LICENCE, (licence or "Apache-2.0\n").encode())
+    write_synced(folder / LICENCE, _licence())
+
+
+def _licence() -> bytes:
+    """Return this package's licence, from its installation or its source tree."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        if text := importlib.metadata.distribution("emoe-med").read_text("licenses/LICENSE"):
+            return text.encode()
+    return (Path(__file__).parents[2] / "LICENSE").read_bytes()
 
 
 def _json(content: dict[str, Any]) -> bytes:
@@ -159,9 +169,7 @@ def _metadata(predictor: Predictor, metrics: dict[str, Any], here: dict[str, Any
         "monai_version": versions["monai"],
         "pytorch_version": versions["torch"],
         "numpy_version": versions["numpy"],
-        "required_packages_version": {
-            name: versions[name] for name in ("emoe-med", "nibabel", "nilearn", "safetensors")
-        },
+        "required_packages_version": {name: versions[name] for name in REQUIRED} | _of_preprocessing(predictor),
         "name": config.name,
         "task": "Brain age from a T1-weighted head",
         "description": (
@@ -185,3 +193,9 @@ def _metadata(predictor: Predictor, metrics: dict[str, Any], here: dict[str, Any
         "references": [MUST_COMPLETE],
         "network_data_format": {"inputs": {"image": image}, "outputs": {"pred": age}},
     }
+
+
+def _of_preprocessing(predictor: Predictor) -> dict[str, str]:
+    """Return the versions of the packages without which raw heads cannot be prepared for this model."""
+    prepared = predictor.model.contract.get("strip", {}).get("prepared") or {}
+    return {name: version(name) for name in EXTRA} if prepared.get("Path") == "full" else {}

@@ -93,6 +93,7 @@ def _contract(contract: Mapping[str, Any]) -> str:
     strip = contract.get("strip") or {}
     rows = [[name, str(value)] for name, value in contract["chain"].items()]
     rows += [["brain masks came from", plain(strip.get("mask"), _HIDDEN)]] if strip else []
+    rows += [[f"preprocessing: {name}", str(value)] for name, value in (strip.get("prepared") or {}).items()]
     rows += [["scans whose figures are kept", str(spread["scans"])]] if spread else []
     rows += [["digest of the contract", contract_digest(contract)]]
     lead = "Raw scans go through this chain by themselves; a scan that looks otherwise is flagged or refused."
@@ -132,14 +133,18 @@ def _performance(metrics: Mapping[str, Any]) -> str:
 
 
 def _limits(contract: Mapping[str, Any]) -> str:
-    masked = (
-        "a brain mask beside each head" if contract["chain"]["mask"] == "brain" else "whole heads; masks are not used"
-    )
+    prepared = (contract.get("strip") or {}).get("prepared") or {}
+    if contract["chain"]["mask"] == "head":
+        wanted = "whole heads; masks are not used"
+    elif prepared.get("Path") == "full":
+        wanted = "whole heads, and the extra `preprocess` installed, which strips the skull"
+    else:
+        wanted = "a brain mask beside each head"
     return "\n".join(
         (
             "- Intervals and error hold for persons like the test persons: not for patients, other scanners, one age.",
             "- It is no age of the brain: it is what a network reads from an image, head size and scanner included.",
-            f"- It expects {masked}.",
+            f"- It expects {wanted}.",
             "- Left and right swapped consistently, or a head a tenth too large by a wrong header, pass unseen.",
             f"- Known failures, drift, comparison with clinical measures: **{MUST_COMPLETE}**.",
         )

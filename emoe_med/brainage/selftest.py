@@ -6,22 +6,28 @@ network to an age. The network is tried on the stored volume too, so that a diff
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from emoe_med.brainage.bundle import HEAD, MASK, Bundle
 from emoe_med.brainage.inference import TrainedModel, predict_scans
+from emoe_med.brainage.prepared import prepared_like
 from emoe_med.data.brain import box_centre_mm
 from emoe_med.data.cache import HeadDataset
 from emoe_med.data.cohort import draw_person, scan_person
+from emoe_med.data.prepare import Preparation
 from emoe_med.data.register import BOX_MM
 from emoe_med.data.scan import Scan
+from emoe_med.data.sidecar import other_steps
 from emoe_med.data.volume import write_volume
+from emoe_med.errors import VolumeError
 from emoe_med.training.run_folder import environment
 
 AGE = 50.0  # years, of the drawn head
@@ -73,18 +79,26 @@ def drawn_scan(folder: Path) -> Scan:
 
 
 def measure(model: TrainedModel, scan: Scan) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Take the drawn head through all stages.
+    """Take the drawn head through all stages, as `predict` takes a raw one.
 
     Returns:
         Tensors `volume` [1, kX, kY, kZ] float16 and `matrix` [4, 4] (template RAS mm -> scanner RAS mm), and the
         figures `years` and `status`.
+
+    Raises:
+        ConfigError: The model wants its scans preprocessed, and packages of that are missing.
+        VolumeError: A step refuses the head.
     """
     with TemporaryDirectory() as cache:
-        heads = HeadDataset([scan], model.chain(), Path(cache))
-        entry = heads.entry(0)
+        scans, faults = prepared_like(model.contract, [scan], Path(cache))
+        if faults:
+            raise VolumeError(*faults)
+        heads = HeadDataset(scans, model.chain(), Path(cache))
+        entry, sidecar = heads.entry(0), heads.sidecars[0]
         status = predict_scans(model, heads, [0])["status"].iloc[0]
-    tensors = {"volume": entry["image"], "matrix": entry["matrix"]}
-    return tensors, {"years": model.age(entry["image"], average=True), "status": status}
+    matrix = torch.from_numpy(sidecar.matrix) if sidecar else entry["matrix"]
+    years = model.age(entry["image"], average=True)
+    return {"volume": entry["image"], "matrix": matrix}, {"years": years, "status": status}
 
 
 def selftest(bundle: Bundle) -> list[Stage]:
@@ -128,4 +142,8 @@ def other_versions(bundle: Bundle) -> list[str]:
     there = bundle.record["environment"]
     pairs = {name: (there.get(name), here[name]) for name in here if name != "versions"}
     pairs |= {name: (there["versions"].get(name), version) for name, version in here["versions"].items()}
-    return [f"{name}: {before} there, {now} here" for name, (before, now) in pairs.items() if before != now]
+    found = [f"{name}: {before} there, {now} here" for name, (before, now) in pairs.items() if before != now]
+    if prepared := bundle.predictor.model.contract.get("strip", {}).get("prepared"):
+        stated, training = (json.dumps(steps) for steps in (Preparation.of(prepared).steps(), prepared))
+        found += [f"preprocessing: {other}"] if (other := other_steps(stated, [training])) else []
+    return found

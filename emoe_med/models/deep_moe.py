@@ -31,13 +31,11 @@ class DeepMoEOptions:
         convolutions: `inner`: gates within blocks, the width of the stream stays whole; `all`: every convolution but
             those of shortcuts.
         sparsity: lambda, weight of the gates' L1 norm, summed over layers and averaged over samples.
-        skip: leave out channels that are off, where samples come one at a time outside training.
     """
 
     embedding: tuple[int, ...] = (64, 128, 256, 512)
     convolutions: Literal["inner", "all"] = "all"
     sparsity: float = 1e-3
-    skip: bool = True
 
 
 class DeepMoE(nn.Module):
@@ -96,14 +94,14 @@ class DeepMoE(nn.Module):
     def forward(self, image: Tensor) -> ModelOutput:
         """Map images [B, C, H, W] or volumes [B, C, X, Y, Z] to outputs [B, O], with the gates that were used.
 
-        In training, and before the gating is held, `aux_loss` is the sparsity loss and `side_output` the embedding's
-        own answer.
+        Until the gating is held, `aux_loss` is the sparsity loss and `side_output` the embedding's own answer. A single
+        sample outside training runs without the channels that are off; in a batch these are multiplied by zero.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.held):
             embedded = self._embedded(image)
             gates = self._gates(embedded)
-        skip = self.options.skip and not self.training and len(image) == 1
-        with gated(self.net.places(), gates, skip):
+        alone = not self.training and len(image) == 1
+        with gated(self.net.places(), gates, skip=alone):
             out = self.net(image)
         if self.held:
             return replace(out, gates=gates)

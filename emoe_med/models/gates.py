@@ -9,7 +9,7 @@ from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Place:
-    """Where a convolution stands in its network.
+    """Where a convolution stands in its network; networks that can be gated return theirs by name, in running order.
 
     Attributes:
         convolution: `nn.Conv2d` or `nn.Conv3d`.
@@ -32,20 +32,12 @@ class Place:
     inner: bool
 
 
-class Gateable(Protocol):
-    """A network that tells where its convolutions stand."""
-
-    def places(self) -> dict[str, Place]:
-        """Return them by name, in the order that they run."""
-        ...
-
-
 @contextmanager
 def gated(places: Mapping[str, Place], gates: Mapping[str, Tensor], skip: bool = False) -> Generator[None]:
     """Let every forward pass inside use the gates [B, C], by name of the place; they work on the normalised output.
 
-    With `skip`, for one sample and no gradient, channels that are off are left out of the convolutions that make and
-    that read them; else they are multiplied by zero.
+    With `skip`, for one sample, channels that are off are left out of the convolutions that make and that read them;
+    else they are multiplied by zero.
     """
     with ExitStack() as stack:
         for name, place in places.items():
@@ -102,7 +94,7 @@ def dense_macs(net: nn.Module, image: Tensor) -> dict[str, int]:
         for name, module in net.named_modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d | nn.Linear):
                 stack.enter_context(module.register_forward_hook(partial(count, name)))
-        net.eval()(image[:1].expand(2, *image.shape[1:]))  # two samples: nothing is skipped
+        net.eval()(image[:1])
     net.train(training)
     return found
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from emoe_med.config import Section, TrackingConfig, TrainingConfig, dump_run, read_run
-from emoe_med.errors import CheckpointError, ConfigError, Fault
+from emoe_med.errors import CheckpointError, ConfigError, DataError, Fault
 from emoe_med.training.journal import read_journal
 from emoe_med.training.tracking import Tracker
 
@@ -85,6 +85,26 @@ def check_same(run_dir: Path, digests: Mapping[str, str]) -> None:
     ]
     if faults:
         raise CheckpointError(*faults)
+
+
+def check_alike(runs: Iterable[tuple[Hashable, Path]]) -> None:
+    """Refuse to compare runs, given with their fold, that saw other data or, within a fold, other splits.
+
+    Raises:
+        DataError: CMP-OTHER, each run that differs from those before it.
+    """
+    faults: list[Fault] = []
+    known: dict[Hashable, object] = {}
+    for fold, run_dir in runs:
+        environment = json.loads((run_dir / "environment.json").read_text())
+        facts = {name: environment.get(name) for name in ("manifest", "chain", "data")}
+        facts["splits"] = hashlib.sha256((run_dir / "splits.csv").read_bytes()).hexdigest()
+        for name, value in facts.items():
+            scope = (name, fold) if name == "splits" else name
+            if known.setdefault(scope, value) != value:
+                faults.append(Fault("CMP-OTHER", f"another {name} than the other runs", str(run_dir)))
+    if faults:
+        raise DataError(*faults)
 
 
 @contextmanager

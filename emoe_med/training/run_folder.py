@@ -46,6 +46,28 @@ def claim(run_dir: Path) -> Generator[None]:
             handler.close()
 
 
+def is_claimed(run_dir: Path) -> bool:
+    """Whether a process of this machine owns the run folder now; looks without touching the lock."""
+    try:
+        with (run_dir / "run.lock").open(encoding="utf-8") as file:
+            owner = _owner(file)
+        if owner is None or owner["host"] != socket.gethostname():
+            return False
+        os.kill(owner["pid"], 0)
+    except PermissionError:
+        return True  # somebody else's process
+    except OSError:
+        return False
+    return True
+
+
+def wait_until_free(run_dir: Path, seconds: float) -> None:
+    """Wait for the process that owns a run folder, but no longer than that; `claim` then tells who it is."""
+    deadline = time.monotonic() + seconds
+    while is_claimed(run_dir) and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
 def probe(folder: Path) -> None:
     """Write and remove a small file, so that a full or read-only disk shows before the first epoch.
 

@@ -35,9 +35,12 @@ def serve_runs(out: Path, port: int, say: Callable[[str], None]) -> None:
 
 
 def run_links(out: Path, address: str) -> dict[str, str]:
-    """Return the page of each evaluated run below `out`, by the run's folder: its report, or else its figures."""
+    """Return the page of each evaluated run below `out`, by the run's folder: its report, or else its figures.
+
+    Runs of a pipeline lie one folder deeper.
+    """
     links = {}
-    for metrics in sorted(out.glob("*/*/metrics.json")):
+    for metrics in sorted([*out.glob("*/*/metrics.json"), *out.glob("*/*/*/metrics.json")]):
         run_dir = metrics.parent
         try:
             record = read_record(run_dir)

@@ -36,6 +36,8 @@ def fewshot(
 ) -> tuple[dict[str, Any], Path]:
     """Probe a run's features by ridge, logistic regression and class means, and write `fewshot/<dataset>.json`.
 
+    Other numbers of shots that the file has stay in it.
+
     Args:
         run_dir: Run folder with a trained checkpoint; its weights stay as they are.
         dataset: Data set to probe on; that of the run if not given.
@@ -44,7 +46,8 @@ def fewshot(
         draws: Random draws of supports; intervals are over these.
 
     Returns:
-        ``{shot: {feature: {probe: {value, low, high, n}}}}`` in percent of the whole test set, and the file.
+        ``{shot: {feature: {probe: {value, low, high, n, by_draw, classes}}}}`` in percent of the whole test set, and
+        the file.
 
     Raises:
         CheckpointError: The run has no usable checkpoint.
@@ -74,10 +77,14 @@ def fewshot(
                 best = len(accuracies) - 1 - int(np.argmax(accuracies[::-1]))
                 found["ridge"].append(probe.accuracies(test[kind], test_labels)[best])
                 found["nearest_mean"].append(nearest_mean(x, y, test[kind], test_labels))
-            report[str(shot)][kind] = {probe: _interval(values) for probe, values in found.items()}
+            report[str(shot)][kind] = {
+                probe: {**_interval(values), "by_draw": values, "classes": len(listing.classes)}
+                for probe, values in found.items()
+            }
     path = run_dir / "fewshot" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    replace_file(path, (json.dumps(report, indent=1) + "\n").encode())
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    replace_file(path, (json.dumps({**before, **report}, indent=1) + "\n").encode())
     return report, path
 
 

@@ -13,7 +13,7 @@ from emoe_med.brainage import preprocess as verbs
 from emoe_med.brainage.__main__ import app
 from emoe_med.brainage.preprocess_files import stems
 from emoe_med.data.manifest import read_manifest
-from emoe_med.data.prepare import SPACE, UNIT, Preparation, missing_extra
+from emoe_med.data.prepare import SPACE, UNIT, Preparation, missing_extra, version
 from emoe_med.data.register import box_grid
 from emoe_med.data.scan import Scan
 from emoe_med.data.volume import read_volume, write_volume
@@ -198,6 +198,11 @@ def test_dicom_gets_the_line_to_run(tmp_path):
     for image in ("dicom/IM0001", "dicom"):
         (tmp_path / "m.csv").write_text(f"image,mask\n{image},dicom/IM0001\n")
         assert "dcm2niix" in run("--manifest", tmp_path / "m.csv", *out, code=3).stderr
+
+
+def test_a_source_tree_that_was_never_installed_has_no_version():
+    assert version("no-such-package") == "unknown"
+    assert version("numpy") == np.__version__
 
 
 def test_names_are_bids_labels_and_never_twice():

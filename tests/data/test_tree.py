@@ -2,7 +2,7 @@
 
 import pytest
 
-from emoe_med.data.tree import scans_in
+from emoe_med.data.tree import mask_beside, scans_in
 from emoe_med.errors import DataError
 
 FREESURFER = ["bert/mri/T1.mgz", "bert/mri/brainmask.mgz", "bert/mri/aseg.mgz", "sub-02_ses-1/mri/orig.mgz"]
@@ -16,6 +16,7 @@ DEEPMRIPREP = ["sub-01/anat/mri/brainsub-01_T1w.nii.gz", "sub-01/anat/mri/masksu
 DEEPMRIPREP += ["sub-01/anat/mri/mwp1sub-01_T1w.nii.gz"]
 RAW = ["sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz", "sub-01/func/sub-01_bold.nii.gz"]
 RAW += ["derivatives/fsl/sub-01/anat/sub-01_T1w.nii.gz", "sub-02/ses-1/anat/sub-02_ses-1_T1w.nii"]
+OURS = [f"sub-01/anat/sub-01_space-T_res-2_desc-{name}" for name in ("preproc_T1w.nii.gz", "brain_mask.nii.gz")]
 PLAIN = ["a.nii.gz", "b/c.MGZ", "a_mask.nii.gz", "a_seg.nii", "notes.txt"]
 
 
@@ -35,6 +36,17 @@ PLAIN = ["a.nii.gz", "b/c.MGZ", "a_mask.nii.gz", "a_seg.nii", "notes.txt"]
             RAW,
             [("sub-01", "", "sub-01_T1w.nii.gz", None), ("sub-02", "ses-1", "sub-02_ses-1_T1w.nii", None)],
         ),
+        (
+            OURS,
+            [
+                (
+                    "sub-01",
+                    "",
+                    "sub-01_space-T_res-2_desc-preproc_T1w.nii.gz",
+                    "sub-01_space-T_res-2_desc-brain_mask.nii.gz",
+                )
+            ],
+        ),
         (PLAIN, [("a", "", "a.nii.gz", "a_mask.nii.gz"), ("c", "", "c.MGZ", None)]),
     ],
 )
@@ -44,6 +56,23 @@ def test_layouts(tmp_path, files, expected):
         (tmp_path / name).write_bytes(b"x")
     found = [(s.participant_id, s.session_id, s.image.name, s.mask and s.mask.name) for s in scans_in(tmp_path)]
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("sub-1_T1w.nii.gz", "sub-1_desc-brain_mask.nii"),
+        ("sub-1_desc-preproc_T1w.nii", "sub-1_desc-brain_mask.nii.gz"),
+        ("head.mgz", "head_mask.mgz"),
+        ("head.nii", "head_brain_mask.nii.gz"),
+        ("T1_unbiased.nii.gz", "T1_brain_mask.nii.gz"),
+        ("T1.mgz", "brainmask.mgz"),
+    ],
+)
+def test_a_mask_beside_a_head_is_found(tmp_path, image, mask):
+    assert mask_beside(tmp_path / image) is None
+    (tmp_path / mask).write_bytes(b"x")
+    assert mask_beside(tmp_path / image) == tmp_path / mask
 
 
 def test_an_empty_folder_is_refused(tmp_path):

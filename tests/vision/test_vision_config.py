@@ -62,6 +62,12 @@ def test_arms_of_one_comparison_differ_in_the_layer_alone():
         assert all(run == stripped[0] for run in stripped)
 
 
+def test_residual_arms_differ_from_the_transformers_in_the_network_alone():
+    runs = [load_vision(CONFIGS / f"cifar10_{arm}_small.yaml") for arm in ("emoe", "resnet", "deepmoe")]
+    stripped = [run.model_copy(update={"name": "", "model": runs[0].model}) for run in runs]
+    assert all(run == stripped[0] for run in stripped)
+
+
 def test_adapters_have_the_active_and_the_total_expert_weights():
     def experts(arm):
         net = build_net(load_vision(CONFIGS / f"{arm}.yaml").model, 3, 10)

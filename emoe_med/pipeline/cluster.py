@@ -1,0 +1,118 @@
+"""Work handed to a cluster by submitit: a job each, waited for; what is still queued is never sent twice."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from emoe_med.errors import EXIT_SIGINT, ConfigError, Fault, Interrupted
+from emoe_med.pipeline.pool import OnEnd
+from emoe_med.pipeline.work import Work, told
+from emoe_med.training.run_folder import replace_file
+
+POLL_S = 5.0
+FAILED = 1  # exit code of a job that the cluster ended
+
+
+@dataclass
+class Submitted:
+    """What a job of the cluster does; when it is preempted or its time is up, the cluster queues it once more."""
+
+    call: Callable[[], int]
+
+    def __call__(self) -> int:
+        """Do the work; it resumes by itself."""
+        return told(self.call)
+
+    def checkpoint(self) -> Any:
+        """Return what to queue again: the same, for a run goes on from its last checkpoint."""
+        return import_module("submitit").helpers.DelayedSubmission(self)
+
+
+class Cluster:
+    """Run work as jobs of a cluster.
+
+    Args:
+        kind: `slurm`, or `local`: processes on this machine, to try it out.
+        folder: For submitit's files and the numbers of the jobs; seen by all nodes.
+        options: `key=value` for submitit, as `timeout_min=600`, `gpus_per_node=1`, `slurm_partition=gpu`.
+
+    Raises:
+        ConfigError: submitit is not installed, or an option is not of the form key=value.
+    """
+
+    def __init__(self, kind: Literal["slurm", "local"], folder: Path, options: Sequence[str] = ()) -> None:
+        try:
+            submitit = import_module("submitit")  # an extra
+        except ModuleNotFoundError as error:
+            hint = 'pip install "emoe-med[cluster]"'
+            raise ConfigError(Fault("PIPE-SUBMITIT", "submitit is not installed", hint=hint)) from error
+        self._folder = folder.resolve()
+        self._numbers = self._folder / "jobs.json"
+        self._executor = submitit.AutoExecutor(folder=self._folder, cluster=kind)
+        self._executor.update_parameters(**_options(options))
+
+    def run(self, works: Sequence[Work], on_end: OnEnd) -> None:
+        """Submit all of it, unless it is queued or running already, and wait.
+
+        Raises:
+            Interrupted: Ctrl-C; the jobs go on, and starting again waits for them.
+        """
+        start = time.monotonic()
+        known = self._known()
+        jobs = {}
+        for work in works:
+            job = known.get(work.label)
+            if job is None or job.done():
+                job = self._executor.submit(Submitted(work.call))
+            jobs[work.label] = job
+            self._remember({**self._ids(known), **self._ids(jobs)})
+        waiting = {work.label: work for work in works}
+        try:
+            while waiting:
+                for label in [label for label in waiting if jobs[label].done()]:
+                    work = waiting.pop(label)
+                    on_end(work, _exit_code(jobs[label], work.log), time.monotonic() - start)
+                time.sleep(min(POLL_S, 0.2) if self._executor.cluster == "local" else POLL_S)
+        except KeyboardInterrupt:
+            reason = f"{len(waiting)} jobs go on without this command"
+            raise Interrupted(EXIT_SIGINT, Fault("PIPE-LEFT", reason, hint="start it again to wait for them")) from None
+
+    def _known(self) -> dict[str, Any]:
+        if not self._numbers.is_file():
+            return {}
+        numbers = json.loads(self._numbers.read_text())
+        return {label: self._executor.job_class(self._folder, number) for label, number in numbers.items()}
+
+    @staticmethod
+    def _ids(jobs: Mapping[str, Any]) -> dict[str, str]:
+        return {label: job.job_id for label, job in jobs.items()}
+
+    def _remember(self, numbers: Mapping[str, str]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        replace_file(self._numbers, (json.dumps(numbers, indent=1) + "\n").encode())
+
+
+def _exit_code(job: Any, log: Path) -> int:
+    """Return what the job's work returned, and leave what it printed where the work's log belongs."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    printed = [text for text in (job.stdout(), job.stderr()) if text]
+    log.write_text("\n".join(printed))
+    return FAILED if job.exception() is not None else job.result()
+
+
+def _options(texts: Sequence[str]) -> dict[str, Any]:
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise ConfigError(Fault("CLI-CLUSTER", f"--cluster {text}: expected key=value, as timeout_min=600"))
+        found[key] = yaml.safe_load(value)
+    return found

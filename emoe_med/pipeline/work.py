@@ -1,0 +1,107 @@
+"""One piece of work in a process of its own: verbs in a row, with a log, ended with the pipeline that started it."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from emoe_med.errors import EXIT_DONE, EXIT_PARTIAL
+from emoe_med.pipeline.plan import Command
+from emoe_med.training.run_folder import wait_until_free
+
+LOCK_WAIT_S = 120  # a run whose pipeline was killed saves and ends in seconds
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a process is given.
+
+    Attributes:
+        label: What it is called in messages.
+        log: File that gets all it prints; it may name files, and stays on this machine.
+        call: Does the work and returns an exit code.
+    """
+
+    label: str
+    log: Path
+    call: Callable[[], int]
+
+
+def run_verbs(commands: Sequence[Command], run_dir: Path) -> int:
+    """Run verbs one after the other, in this process; returns the exit code of the first that fails, or 0."""
+    wait_until_free(run_dir, LOCK_WAIT_S)
+    for module, *arguments in commands:
+        print(f"$ python -m {module} {' '.join(arguments)}", flush=True)  # noqa: T201
+        app = importlib.import_module(f"{module}.__main__").app
+        try:
+            app(arguments, prog_name=f"python -m {module}")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else EXIT_DONE if end.code is None else 1
+            if code not in (EXIT_DONE, EXIT_PARTIAL):
+                return code
+    return EXIT_DONE
+
+
+def fill_cache(
+    config: Path, assignments: Sequence[str], manifest: Path, root: Path | None, cache: Path, jobs: int
+) -> int:
+    """Read all scans once into the cache, so that runs that start together do not each do it.
+
+    Returns:
+        The exit code; faults are printed.
+    """
+    from emoe_med.brainage.cohort import chain_options, prepare_cohort
+    from emoe_med.config import load_run
+    from emoe_med.data.manifest import read_manifest
+    from emoe_med.training.progress import counted
+
+    table = read_manifest(manifest, root)
+    prepare_cohort(
+        table, chain_options(load_run(config, list(assignments)), table), cache, jobs, counted("reading scans")
+    )
+    return EXIT_DONE
+
+
+def in_child(work: Work, environment: Mapping[str, str]) -> None:
+    """Do a piece of work in a new process: print into its log, and stop when the parent is gone."""
+    os.environ.update(environment)
+    work.log.parent.mkdir(parents=True, exist_ok=True)
+    with work.log.open("ab", buffering=0) as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.exit(told(work.call))
+
+
+def told(call: Callable[[], int]) -> int:
+    """Do the work; an error is printed as the verbs print it and becomes its exit code."""
+    from emoe_med.errors import EmoeError
+
+    try:
+        return call()
+    except EmoeError as error:
+        for fault in error.faults:
+            print(fault, file=sys.stderr, flush=True)  # noqa: T201
+        return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        return 1
+    finally:
+        logging.shutdown()
+
+
+def _end_with_parent() -> None:
+    """Send this process SIGTERM once the pipeline is gone, however it went: a run then saves and ends."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,72 @@
+"""Work handed to submitit, by its local executor: real processes, one failure, and no job sent twice."""
+
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from emoe_med.errors import ConfigError, Interrupted
+from emoe_med.pipeline.cluster import Cluster, Submitted
+from emoe_med.pipeline.work import Work, run_verbs
+
+submitit = pytest.importorskip("submitit", reason="submitit is not installed")
+OPTIONS = ["timeout_min=5"]
+
+
+def slow(path: Path, seconds: float = 0) -> partial:
+    """Leave a line at begin and end; submitit's process imports the call by name, so it is no function of this file."""
+    return partial(
+        subprocess.call, ["sh", "-c", f"echo begun >> {path}; sleep {seconds}; echo ended >> {path}; echo told"]
+    )
+
+
+def work(folder, name, call):
+    return Work(name, folder / f"{name}.log", call)
+
+
+def test_every_job_ends_with_its_exit_code_and_its_log(tmp_path):
+    ended = {}
+    works = [
+        work(tmp_path, "good", slow(tmp_path / "lines")),
+        work(tmp_path, "bad", partial(run_verbs, [("emoe_med.vision", "train", "--seeds", "x")], tmp_path)),
+        work(tmp_path, "broken", partial(run_verbs, [("emoe_med.no_such_module",)], tmp_path)),
+    ]
+    Cluster("local", tmp_path / "jobs", OPTIONS).run(
+        works, lambda done, code, seconds: ended.update({done.label: code})
+    )
+    assert ended == {"good": 0, "bad": 2, "broken": 1}
+    assert (tmp_path / "lines").read_text() == "begun\nended\n"
+    assert "told" in (tmp_path / "good.log").read_text()
+    assert "error CLI-NUMBERS" in (tmp_path / "bad.log").read_text()
+    assert "ModuleNotFoundError" in (tmp_path / "broken.log").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # that is the point
+def test_what_still_runs_is_waited_for_and_not_sent_again(tmp_path):
+    works = [
+        work(tmp_path, "quick", slow(tmp_path / "quick")),
+        work(tmp_path, "long", slow(tmp_path / "long", 20)),
+    ]
+
+    def leave(done, code, seconds):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="1 jobs go on"):
+        Cluster("local", tmp_path / "jobs", OPTIONS).run(works, leave)
+    ended = []
+    Cluster("local", tmp_path / "jobs", OPTIONS).run(works[1:], lambda done, code, seconds: ended.append(code))
+    assert ended == [0]
+    assert (tmp_path / "long").read_text() == "begun\nended\n"
+
+
+def test_a_preempted_job_is_queued_again_as_it_was(tmp_path):
+    job = Submitted(slow(tmp_path / "lines"))
+    again = job.checkpoint()
+    assert isinstance(again, submitit.helpers.DelayedSubmission)
+    assert again.function is job
+
+
+def test_an_option_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="expected key=value"):
+        Cluster("local", tmp_path, ["timeout_min"])

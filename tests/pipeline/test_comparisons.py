@@ -1,0 +1,46 @@
+"""Every arm of the comparisons is built from its file and takes one step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from emoe_med.brainage.net import BrainAgeNet
+from emoe_med.models.heads import TrainingAges
+from emoe_med.pipeline.plan import plan, read_pipeline
+from emoe_med.vision.net import build_net
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+
+
+def arms(name):
+    path = PIPELINES / f"{name}.yaml"
+    names = ["cnn3d*", "dense*", "emoe*", "linear*", "vmoe", "random*", "expert*", "ermoe", "cifar10*"]
+    return {job.arm.name: job.arm for job in plan(read_pipeline(path), path, names)}
+
+
+def step(net, image):
+    out = net(image)
+    (out.output.float().pow(2).mean() + out.aux_loss).backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    for layer in net.routed_layers().values():
+        layer.after_step()
+    return out
+
+
+@pytest.mark.parametrize(("name", "least"), [("comparison_ixi", 15), ("comparison_cifar10", 15)])
+def test_arms_differ_in_what_their_file_says_and_take_a_step(name, least):
+    found = arms(name)
+    assert len(found) >= least
+    shared = set()
+    for arm in found.values():
+        config = arm.config
+        torch.manual_seed(0)
+        if arm.task == "brainage":
+            net, image = BrainAgeNet(config.model, TrainingAges.of([20.0, 50.0, 80.0])), torch.rand(2, 1, 40, 48, 40)
+        else:
+            net, image = build_net(config.model, 3, 10), torch.rand(2, 3, 32, 32)
+        step(net, image)
+        shared.add((config.data, config.augment, config.evaluation, config.training))
+    assert len(shared) == 1  # one protocol
+    assert len({arm.key for arm in found.values()}) == len(found)

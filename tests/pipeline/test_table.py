@@ -1,0 +1,180 @@
+"""The table against figures worked by hand, from run folders written by hand."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from emoe_med.pipeline.page import lines, write_pages
+from emoe_med.pipeline.plan import plan, read_pipeline
+from emoe_med.pipeline.table import make_table
+
+FILE = """
+name: some
+about: Made up
+runs:
+  - {{config: configs/brainage/cnn3d_4mm.yaml, folds: [0, 1], seeds: {seeds}}}
+  - {{config: configs/brainage/emoe_4mm.yaml, folds: [0, 1], seeds: {seeds}}}
+  - {{config: configs/brainage/dense_adapter_4mm.yaml, folds: [0, 1], seeds: {seeds}}}
+table:
+  paired_with: cnn3d_4mm
+  columns: [{{name: "MAE, years", metric: test/mae}}]
+  rows:
+    - {{name: Plain, arm: cnn3d_4mm, printed: [2.41]}}
+    - {{name: EMoE, arm: emoe_4mm, printed: [2.16]}}
+    - {{name: Adapter, arm: dense_adapter_4mm}}
+    - {{name: Others, printed: [2.14]}}
+    - {{name: Retrieval, note: "not run: no image-text data"}}
+  source: Somewhere 2026
+  differs: [the cohort]
+"""
+PERSONS = 20
+
+
+def write_run(folder, rows, errors, guess=10.0, manifest="m" * 64, status="FINISHED"):
+    """Leave what a finished run leaves; person r is 50 years old and predicted so many years too old."""
+    (folder / "predictions").mkdir(parents=True)
+    table = pd.DataFrame({"row": rows, "person": rows, "age": 50.0, "predicted_age": 50.0 + np.asarray(errors)})
+    table.to_csv(folder / "predictions" / "test.csv", index=False)
+    (folder / "metrics.json").write_text(json.dumps({"test": {"mae_training_median": {"value": guess}}}))
+    facts = {
+        "manifest": manifest,
+        "chain": "c",
+        "git_commit": "abcdef0123",
+        "device": "cpu",
+        "versions": {"torch": "2"},
+    }
+    (folder / "environment.json").write_text(json.dumps(facts))
+    (folder / "splits.csv").write_text(f"row,split\n{rows[0]},test\n")
+    events = [
+        {"kind": "status", "time": 1000, "status": "RUNNING"},
+        {"kind": "status", "time": 61000, "status": status},
+    ]
+    (folder / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Write runs by an arm's error of person r, seed and noise, and return what makes the table."""
+
+    def make(errors, seeds=(0, 1), skip=(), **more):
+        path = tmp_path / "some.yaml"
+        path.write_text(FILE.format(seeds=list(seeds)))
+        pipeline = read_pipeline(path)
+        jobs = plan(pipeline, path)
+        for job in jobs:
+            if job.label in skip:
+                continue
+            rows = np.arange(PERSONS) + 2 + PERSONS * job.fold
+            values = errors[job.arm.name](rows, job.seed)
+            write_run(tmp_path / job.folder, rows, values, **more.get(job.arm.name, {}))
+        return pipeline, jobs, tmp_path
+
+    return make
+
+
+def sizes(rows, seed):
+    return 2.0 + (rows % 5)
+
+
+def by_row(columns):
+    return {cell.row: cell for cell in columns[0].cells}
+
+
+def test_figures_by_hand(made):
+    arms = {
+        "cnn3d_4mm": lambda rows, seed: -sizes(rows, seed) - seed,  # too young: the error counts without its sign
+        "emoe_4mm": lambda rows, seed: sizes(rows, seed) - 1.5,
+        "dense_adapter_4mm": lambda rows, seed: sizes(rows, seed) + np.where(rows % 2, 1.0, -1.0),
+    }
+    pipeline, jobs, out = made(arms)
+    cells = by_row(columns := make_table(pipeline, jobs, out))
+    assert cells["Plain"].own["value"] == pytest.approx(4.5)  # 2 + mean of 0..4, and half a year of seed 1
+    assert cells["Plain"].by_seed == pytest.approx({0: 4.0, 1: 5.0})
+    assert (cells["Plain"].own["n"], cells["Plain"].own["seeds"]) == (40, 2)
+    assert (cells["Plain"].done, cells["Plain"].planned) == (4, 4)
+    assert cells["EMoE"].own["value"] == pytest.approx(2.5)
+    assert cells["EMoE"].difference["value"] == pytest.approx(-2.0)
+    assert (cells["EMoE"].difference["low"], cells["EMoE"].difference["high"]) == pytest.approx((-2.5, -1.5))
+    assert cells["EMoE"].difference["p_holm"] == pytest.approx(2 * 2 / 2001)  # the lesser of two p, times two
+    assert cells["EMoE"].wins
+    assert not cells["Adapter"].wins
+    assert cells["Plain"].guess == 10.0
+    assert cells["Others"].own is None
+    text = write_pages(pipeline, jobs, columns, out)
+    assert "| EMoE | **2.50 [" in text
+    assert "| Others | not run |  |  |  |  |  | 2.14 |" in text
+    assert "| Retrieval | not run |" in text
+    assert "not run: no image-text data |" in text
+    assert "† Literature, not run here: Somewhere 2026." in text
+    assert "Differs: the cohort." in text
+    assert "Every figure beats guessing" in text
+    assert "commit abcdef0, torch 2, device cpu, in 0.20 hours" in text  # 12 runs of a minute
+    page = (out / "some" / "report" / "report.html").read_text()
+    assert "<b>2.50 [" in page
+    assert str(out) not in page
+    frame = pd.read_csv(out / "some" / "table.csv").set_index("row")
+    assert frame.loc["EMoE", "difference_value"] == -2.0
+    assert frame.loc["EMoE", "printed_in_paper"] == 2.16
+    assert frame.loc["Plain", "n"] == 40
+
+
+def test_no_winner_whose_interval_crosses_zero_or_from_one_seed(made):
+    noise = np.random.default_rng(0).normal(size=200)
+    arms = {
+        "cnn3d_4mm": sizes,
+        "emoe_4mm": lambda rows, seed: sizes(rows, seed) - 0.02 + 0.5 * noise[rows + 50 * seed],
+        "dense_adapter_4mm": lambda rows, seed: sizes(rows, seed) + 1.0,  # clear of 0 on the wrong side
+    }
+    cells = by_row(make_table(*made(arms)))
+    low, high = cells["EMoE"].difference["low"], cells["EMoE"].difference["high"]
+    assert low < 0 < high
+    assert cells["Adapter"].difference["p_holm"] < 0.05
+    assert not any(cell.wins for cell in cells.values())
+
+
+def test_one_seed_wins_nothing(made):
+    arms = {"cnn3d_4mm": sizes, "emoe_4mm": lambda r, s: sizes(r, s) - 1, "dense_adapter_4mm": sizes}
+    columns = make_table(*made(arms, seeds=[0]))
+    assert not by_row(columns)["EMoE"].wins
+    header, rows = lines(columns[0])
+    assert rows[1][header.index("p, Holm")] == "one seed"
+
+
+def test_pairs_are_what_both_arms_have(made):
+    arms = {
+        "cnn3d_4mm": lambda rows, seed: sizes(rows, seed) + 10 * seed,
+        "emoe_4mm": lambda rows, seed: sizes(rows, seed) + 10 * seed - 1,
+        "dense_adapter_4mm": sizes,
+    }
+    skip = ["emoe_4mm/seed1-fold0", "emoe_4mm/seed1-fold1", "cnn3d_4mm/seed0-fold1"]
+    cells = by_row(
+        make_table(*made(arms, skip=[*skip, *(f"dense_adapter_4mm/seed{s}-fold{f}" for s in (0, 1) for f in (0, 1))]))
+    )
+    assert (cells["EMoE"].done, cells["Plain"].done) == (2, 3)
+    assert cells["EMoE"].difference["value"] == pytest.approx(-1.0)  # on seed 0, fold 0 alone
+    assert (cells["EMoE"].difference["n"], cells["EMoE"].difference["seeds"]) == (20, 1)
+    assert cells["Adapter"].note == "no run is done yet"
+    assert cells["Adapter"].own is None
+
+
+def test_runs_of_other_data_are_not_paired(made):
+    arms = {"cnn3d_4mm": sizes, "emoe_4mm": sizes, "dense_adapter_4mm": sizes}
+    cells = by_row(make_table(*made(arms, emoe_4mm={"manifest": "n" * 64})))
+    assert cells["EMoE"].difference is None
+    assert cells["EMoE"].note.startswith("not paired")
+    assert cells["Adapter"].difference["value"] == 0.0
+
+
+def test_an_interrupted_run_is_not_used(made):
+    arms = {"cnn3d_4mm": sizes, "emoe_4mm": sizes, "dense_adapter_4mm": sizes}
+    cells = by_row(make_table(*made(arms, emoe_4mm={"status": "KILLED"})))
+    assert cells["EMoE"].own is None
+
+
+def test_what_does_not_beat_guessing_is_called_plumbing(made):
+    arms = {"cnn3d_4mm": sizes, "emoe_4mm": sizes, "dense_adapter_4mm": sizes}
+    pipeline, jobs, out = made(arms, emoe_4mm={"guess": 4.1}, dense_adapter_4mm={"guess": 4.9})
+    text = write_pages(pipeline, jobs, make_table(pipeline, jobs, out), out)
+    assert "PLUMBING ONLY, not better than guessing beyond the interval: EMoE, MAE, years." in text

@@ -99,17 +99,16 @@ class _Phases:
     def train(self, resume: bool) -> Path:
         """Train what is not trained yet, put the whole together, and return its checkpoint."""
         task, options, count = self.task, self.options, self.options.num_experts
+        if len(task.train_data) < count:
+            reason = f"{count} experts need as many training samples; there are {len(task.train_data)}"
+            raise ConfigError(Fault("CFG-EXPERTS", reason, hint="lower single_gated.num_experts"))
         with self._machine() as machine:
             facts = {"seed": self.config.seed, "precision": self.config.precision, "world_size": machine.world_size}
             write_environment(self.run_dir, machine.device, {**facts, **task.digests})
         base = self._fit("base", task.plain(), resume, epochs=options.base_epochs(self.config.epochs))
         network = task.inside(base.model).requires_grad_(False)
         digests = {**task.digests, "base": _digest(base)}
-
         features, held_out = self._features(network, task.train_data), self._features(network, task.val_data)
-        if len(features) < count:
-            reason = f"{count} experts need as many training samples; there are {len(features)}"
-            raise ConfigError(Fault("CFG-EXPERTS", reason, hint="lower single_gated.num_experts"))
 
         def gate_on_base() -> nn.Module:
             return GateOnBase(network, ClusterGate.fit(features.numpy(), count, self.config.seed))

@@ -47,7 +47,8 @@ def test_your_own_cohort_in_five_steps(mine, tmp_path):
     assert len(lines) == 6
     for line in lines:
         more = SHORT if " train " in line else ()
-        run(line, tmp_path, {"/data/mine": mine, "configs/": f"{ROOT}/configs/"}, more)
+        # one fold of five tells as much about the command
+        run(line, tmp_path, {"/data/mine": mine, "configs/": f"{ROOT}/configs/", "--fold all": "--fold 0"}, more)
     assert len((tmp_path / "predicted.csv").read_text().splitlines()) == len(
         (tmp_path / "ages.csv").read_text().splitlines()
     )

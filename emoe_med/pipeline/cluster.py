@@ -40,7 +40,7 @@ class Cluster:
     """Run work as jobs of a cluster.
 
     Args:
-        kind: `slurm`, or `local`: processes on this machine, to try it out.
+        kind: `slurm`, or `local`: processes on this machine, to try it out; they are known to this object alone.
         folder: For submitit's files and the numbers of the jobs; seen by all nodes.
         options: `key=value` for submitit, as `timeout_min=600`, `gpus_per_node=1`, `slurm_partition=gpu`.
 
@@ -56,6 +56,7 @@ class Cluster:
             raise ConfigError(Fault("PIPE-SUBMITIT", "submitit is not installed", hint=hint)) from error
         self._folder = folder.resolve()
         self._numbers = self._folder / "jobs.json"
+        self._sent: dict[str, Any] = {}
         self._job = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[kind]
         self._executor = submitit.AutoExecutor(folder=self._folder, cluster=kind)
         self._executor.update_parameters(**_options(options))
@@ -67,14 +68,11 @@ class Cluster:
             Interrupted: Ctrl-C; the jobs go on, and starting again waits for them.
         """
         start = time.monotonic()
-        known = self._known()
-        jobs = {}
+        jobs = self._sent = {**self._remembered(), **self._sent}
         for work in works:
-            job = known.get(work.label)
-            if job is None or job.done():
-                job = self._executor.submit(Submitted(work.call))
-            jobs[work.label] = job
-            self._remember({**self._ids(known), **self._ids(jobs)})
+            if work.label not in jobs or jobs[work.label].done():
+                jobs[work.label] = self._executor.submit(Submitted(work.call))
+                self._remember(jobs)
         waiting = {work.label: work for work in works}
         try:
             while waiting:
@@ -86,18 +84,15 @@ class Cluster:
             reason = f"{len(waiting)} jobs go on without this command"
             raise Interrupted(EXIT_SIGINT, Fault("PIPE-LEFT", reason, hint="start it again to wait for them")) from None
 
-    def _known(self) -> dict[str, Any]:
+    def _remembered(self) -> dict[str, Any]:
         if not self._numbers.is_file():
             return {}
         numbers = json.loads(self._numbers.read_text())
         return {label: self._job(self._folder, number) for label, number in numbers.items()}
 
-    @staticmethod
-    def _ids(jobs: Mapping[str, Any]) -> dict[str, str]:
-        return {label: job.job_id for label, job in jobs.items()}
-
-    def _remember(self, numbers: Mapping[str, str]) -> None:
+    def _remember(self, jobs: Mapping[str, Any]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
+        numbers = {label: job.job_id for label, job in jobs.items()}
         replace_file(self._numbers, (json.dumps(numbers, indent=1) + "\n").encode())
 
 

@@ -109,8 +109,7 @@ def plan(pipeline: Pipeline, path: Path, only: Sequence[str] = ()) -> list[Job]:
             arms[arm.name] = arm
             jobs += [(seeds, job) for seeds, job in _jobs(pipeline, entry, arm, path)]
         except EmoeError as error:
-            if not only or any(fnmatch.fnmatch(_expected_name(entry), part.partition("/")[0]) for part in only):
-                faults += error.faults
+            faults += error.faults
     if faults:
         raise ConfigError(*faults)
     if unknown := sorted(pipeline.table.arms() - arms.keys()):
@@ -124,12 +123,6 @@ def plan(pipeline: Pipeline, path: Path, only: Sequence[str] = ()) -> list[Job]:
 
 def _fits(job: Job, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in (job.arm.name, job.label))
-
-
-def _expected_name(entry: RunEntry) -> str:
-    """Return what an arm is called whose run file cannot be read."""
-    named = [text.removeprefix("name=") for text in entry.set if text.startswith("name=")]
-    return named[-1] if named else Path(entry.config).stem
 
 
 def _arm(pipeline: Pipeline, path: Path, entry: RunEntry) -> Arm:

@@ -52,10 +52,11 @@ def test_what_still_runs_is_waited_for_and_not_sent_again(tmp_path):
     def leave(done, code, seconds):
         raise KeyboardInterrupt
 
+    cluster = Cluster("local", tmp_path / "jobs", OPTIONS)
     with pytest.raises(Interrupted, match="1 jobs go on"):
-        Cluster("local", tmp_path / "jobs", OPTIONS).run(works, leave)
+        cluster.run(works, leave)
     ended = []
-    Cluster("local", tmp_path / "jobs", OPTIONS).run(works[1:], lambda done, code, seconds: ended.append(code))
+    cluster.run(works[1:], lambda done, code, seconds: ended.append(code))
     assert ended == [0]
     assert (tmp_path / "long").read_text() == "begun\nended\n"
 

@@ -10,13 +10,15 @@ from emoe_med.models.heads import TrainingAges
 from emoe_med.pipeline.plan import plan, read_pipeline
 from emoe_med.vision.net import build_net
 
+OTHERS = ("deepmoe", "single_gated", "resnet", "ermoe_ba")
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 
 
 def arms(name):
     path = PIPELINES / f"{name}.yaml"
-    names = ["cnn3d*", "dense*", "emoe*", "linear*", "vmoe", "random*", "expert*", "ermoe", "cifar10*"]
-    return {job.arm.name: job.arm for job in plan(read_pipeline(path), path, names)}
+    found = {job.arm.name: job.arm for job in plan(read_pipeline(path), path)}
+    # the nets that differ in more than the routed layer have tests of their own
+    return {name: arm for name, arm in found.items() if not any(part in name for part in OTHERS)}
 
 
 def step(net, image):

@@ -106,11 +106,6 @@ def test_all_missing_and_faulty_run_files_are_named_at_once(tmp_path):
         planned(path)
     assert codes(error) == ["CFG-MISSING", "CFG-MISSING", "CFG-KEY"]
     assert "not_there.yaml" in str(error.value)
-    path = write(tmp_path, [*runs[:2], f"{{config: {DIGITS}}}"])
-    assert [job.label for job in planned(path, ["digits_emoe"])] == ["digits_emoe/seed0"]
-    with pytest.raises(ConfigError) as error:
-        planned(path, ["*/seed0"])
-    assert codes(error) == ["CFG-MISSING", "CFG-MISSING"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
     python benchmarks/scale.py [--volumes 100 1000] [--rows 10000 100000] [--registered 16]
 
 Heads are SYNTHETIC (drawn, 4 mm, all different). Each cohort runs in a process of its own: `check`, filling the cache,
-starting again with a warm one, two epochs of training that read every volume from the cache, memory after each
+starting again with a warm one, six epochs of training that read every volume from the cache, memory after each
 pass. Prints JSON lines: CPU seconds of one thread, and wall seconds, which on a shared machine mean little.
 docs/scale.md has the arithmetic.
 """
@@ -88,9 +88,9 @@ def read_all(heads: HeadDataset) -> dict[str, float]:
 
 
 def train(heads: HeadDataset, folder: Path) -> list[dict[str, float]]:
-    """Train two epochs of the 4 mm run file, every volume read from disk each time."""
+    """Train six epochs of the 4 mm run file, every volume read from disk each time."""
     memory.LIMIT_BYTES = 0  # a large cohort does not fit
-    config = load_run(CONFIG, ["data.oversample=1", "training.epochs=2", "augment.shift_voxels=1"])
+    config = load_run(CONFIG, ["data.oversample=1", "training.epochs=6", "augment.shift_voxels=1"])
     indices = list(range(len(heads)))
     held_out = max(8, len(indices) // 10)
     task = Watched(config, heads, indices[held_out:], indices[:held_out], {})

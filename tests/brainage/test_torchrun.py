@@ -16,6 +16,7 @@ from emoe_med.data.cohort import write_cohort
 from emoe_med.training.checkpoint import CheckpointFolder
 from emoe_med.training.journal import read_journal
 
+pytestmark = pytest.mark.timeout(900)  # three processes import everything
 REPOSITORY = Path(__file__).parents[2]
 RUN = """
 name: {name}

@@ -76,6 +76,7 @@ def _rank(rank, folder, port):
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
+@pytest.mark.timeout(600)
 def test_two_ranks_end_with_one_error(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -12,7 +12,7 @@ from emoe_med.brainage.export_cli import export, selftest
 from emoe_med.brainage.manifest_cli import manifest_app
 from emoe_med.brainage.preprocess_cli import preprocess
 from emoe_med.errors import ConfigError, Fault
-from emoe_med.training.cli import say, verb
+from emoe_med.training.cli import first_rank, say, verb
 
 app = typer.Typer(
     add_completion=False,
@@ -72,7 +72,7 @@ def train(
     from emoe_med.data.manifest import read_manifest
 
     table = read_manifest(manifest, data_root)
-    for note in table.notes:
+    for note in table.notes if first_rank() else ():
         typer.echo(f"note: {note}", err=True)
     run_dirs = verbs.train(run, table, out, folds, cache or out / "cache", resume, jobs)
     _show_runs(run_dirs, out, as_json)

@@ -21,6 +21,7 @@ from emoe_med.errors import DivergedError, Fault
 from emoe_med.moe import StepSums
 from emoe_med.training import optim, runtime
 from emoe_med.training.loader import ResumableSampler, augmentation_keys, make_loader, read_batches
+from emoe_med.training.ranks import Machine
 from emoe_med.training.task import Batch, Record, Task
 
 LOG = logging.getLogger("emoe_med")
@@ -48,7 +49,7 @@ class Position:
 class Trainer:
     """Hold model, optimiser, moving average and position of a run, and move them."""
 
-    def __init__(self, task: Task, config: TrainingConfig, machine: runtime.Machine, tracker: Record) -> None:
+    def __init__(self, task: Task, config: TrainingConfig, machine: Machine, tracker: Record) -> None:
         self.task, self.config, self.machine, self.tracker = task, config, machine, tracker
         on_cuda, ranks = machine.device.type == "cuda", machine.world_size
         self.sampler = ResumableSampler(
@@ -112,8 +113,15 @@ class Trainer:
         self.sampler.epoch, self.sampler.cursor = self.position.epoch, self.position.batch
         if self.position.batch < len(self.sampler):
             batches = read_batches(self._train_loader)
-            while step := list(islice(batches, self.config.accumulate)):
+            while step := self._read(batches):
                 yield step
+
+    def _read(self, batches: Iterator[Batch]) -> list[Batch]:
+        """Read the micro-batches of one step; where one rank cannot, none goes on."""
+        step: list[Batch] = []
+        with self.machine.together():
+            step = list(islice(batches, self.config.accumulate))
+        return step
 
     def train_step(self, batches: list[Batch]) -> None:
         """Take one optimiser step on micro-batches, or none if loss or gradient is not finite.
@@ -202,7 +210,7 @@ class Trainer:
         if at.left_out > self.config.skip_nonfinite:
             shown = ", ".join(map(str, rows[:20])) + (" ..." if len(rows) > 20 else "")
             reason = f"loss or gradient not finite at {where}, rows {shown}; no update was made"
-            raise DivergedError(Fault("NUM-NONFINITE", reason, hint="local.log has the loss parts"))
+            self.machine.agree(DivergedError(Fault("NUM-NONFINITE", reason, hint="local.log has the loss parts")))
 
     def validate(self, stop: runtime.StopSignal) -> dict[str, float]:
         """Measure the served model; the random state of training is the same after it as before.

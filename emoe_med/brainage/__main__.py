@@ -10,6 +10,7 @@ import typer
 
 from emoe_med.brainage.export_cli import export, selftest
 from emoe_med.brainage.manifest_cli import manifest_app
+from emoe_med.brainage.maps_cli import maps
 from emoe_med.brainage.preprocess_cli import preprocess
 from emoe_med.errors import ConfigError, Fault
 from emoe_med.training.cli import say, verb
@@ -24,6 +25,7 @@ app.add_typer(manifest_app, name="manifest")
 app.command()(preprocess)
 app.command()(export)
 app.command()(selftest)
+app.command()(maps)
 
 PAGES = ("check.csv", "check.html", "scans.html")  # what `check` writes
 CONFIGS = Path(__file__).parent.parent.parent / "configs" / "brainage"

@@ -13,6 +13,7 @@ import torch
 from emoe_med.brainage.cohort import Cohort, chain_options, prepare_cohort
 from emoe_med.brainage.compare import compare_groups
 from emoe_med.brainage.evaluate import evaluate_run, write_reports
+from emoe_med.brainage.maps.make import maps_after_training
 from emoe_med.brainage.task import BrainAgeTask
 from emoe_med.config import BrainAgeConfig, dump_run
 from emoe_med.data.contract import Spread
@@ -84,6 +85,8 @@ def train(
         if not is_done(run_dir):
             _train_fold(config, cohort, out, run_dir, fold, digests[fold], resume, synthetic)
     _summarise(config, out, group)
+    if len(done := [run for run in sorted(group.glob("seed*-fold*")) if is_done(run)]) > 1:
+        maps_after_training(group, done, cohort)
     return run_dirs
 
 
@@ -154,6 +157,7 @@ def _train_fold(
         page, figures = write_reports(run_dir)
         tracker.log_artifact(page, "report")
         tracker.log_artifact(figures, "metrics")
+        maps_after_training(run_dir, [run_dir], cohort)
         LOG.info("fold %d: test MAE %.2f years", fold, metrics["test"]["mae"]["value"])
 
 

@@ -25,7 +25,7 @@ from emoe_med.brainage.maps.stability import RunMap, match_experts, reference_ru
 from emoe_med.brainage.maps.verdicts import sanity
 from emoe_med.brainage.maps.write import group_maps, write_json, write_maps, write_parcels, write_tables
 from emoe_med.data.manifest import Manifest
-from emoe_med.errors import ConfigError, DataError, Fault
+from emoe_med.errors import ConfigError, DataError, EmoeError, Fault
 from emoe_med.training.progress import counted
 from emoe_med.training.run_folder import replace_file
 
@@ -43,6 +43,7 @@ class MapOptions:
         everyone: All heads of the manifest, those that the run learned from among them.
         contribution: Heads whose contribution is measured cell by cell, over all runs together.
         occlusion: The same of occlusion.
+        checked: Heads that are moved, mirrored and shown to untrained routers, over all runs, but one a run at least.
     """
 
     atlas: str | None = None
@@ -50,6 +51,10 @@ class MapOptions:
     everyone: bool = False
     contribution: int = 40
     occlusion: int = 20
+    checked: int = 20
+
+
+QUICK = MapOptions(contribution=8, occlusion=3, checked=5)  # at the end of training
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -83,6 +88,31 @@ def make_maps(folder: Path, manifest: Manifest, cache_dir: Path, options: MapOpt
     return write_all(folder, runs, models, cohort, heads, options)
 
 
+def maps_after_training(folder: Path, runs: Sequence[Path], cohort: Cohort) -> Path | None:
+    """Make the maps of runs that were just trained, with few heads cell by cell; a failure is told and costs nothing.
+
+    Args:
+        folder: Run, or arm of the runs.
+        runs: Trained on the manifest of ``cohort``.
+        cohort: Its scans.
+
+    Returns:
+        Folder of the maps; None where there is nothing to map, or it failed.
+    """
+    try:
+        models = [TrainedModel.load(run) for run in runs]
+        layers = models[0].net.routed_layers().values()
+        if not any(layer.router.num_experts > 1 for layer in layers):
+            return None
+        heads = [_heads(run, model, cohort, False) for run, model in zip(runs, models, strict=True)]
+        return write_all(folder, runs, models, cohort, heads, QUICK)
+    except EmoeError as error:
+        LOG.warning("note: no expert maps: %s", error.faults[0].reason)
+    except Exception:  # the trained model is worth more than its picture
+        LOG.warning("note: no expert maps", exc_info=True)
+    return None
+
+
 def write_all(
     folder: Path,
     runs: Sequence[Path],
@@ -103,15 +133,11 @@ def write_all(
     counts = ParcelCounts(parcels) if parcels else None
     background = Background(grid.spacing_mm / grid.oversample, with_labels=parcels is not None)
     seen: list[Observed] = []
-    shares = [_share(n, len(runs)) for n in (options.contribution, options.occlusion)]
+    shares = [_share(n, len(runs)) for n in (options.contribution, options.occlusion, max(options.checked, len(runs)))]
     for number, (run, model, some) in enumerate(zip(runs, models, heads, strict=True)):
-        contribution, occlusion = (share[number] for share in shares)
+        parts = [share[number] for share in shares]
         progress = counted(f"heads of {run.name}")
-        seen.append(
-            observe(
-                model, cohort, some, grid, background, counts, contribution, occlusion, run=run.name, progress=progress
-            )
-        )
+        seen.append(observe(model, cohort, some, grid, background, counts, *parts, run=run.name, progress=progress))
     compared = [_run_map(run, observed) for run, observed in zip(runs, seen, strict=True)]
     found = stability(compared, grid.centres_mm)
     routes = joined([_renamed(observed, compared, number) for number, observed in enumerate(seen)])

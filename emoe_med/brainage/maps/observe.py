@@ -20,7 +20,6 @@ from emoe_med.brainage.maps.sanity import follows_mirror, follows_shift, random_
 from emoe_med.data.augment import to_model_grid
 
 VIEW = "one pass of each head as it is (no mirror image, no grid phases), float32"
-CHECKED = 10  # heads of a run that are moved, mirrored and shown to untrained routers
 
 
 @dataclass
@@ -47,7 +46,7 @@ def observe(
     counts: ParcelCounts | None,
     contribution: int,
     occlusion: int,
-    checked: int = CHECKED,
+    checked: int,
     run: str = "",
     progress: Callable[[Sequence[int]], Iterator[int]] = iter,
 ) -> Observed:
@@ -82,8 +81,7 @@ def observe(
         rows["brain"].append((grid.count(inside) / (grid.edge * grid.oversample) ** 3).astype(np.float32))
         labels = None
         if counts is not None:
-            labels = counts.parcels.of(cohort.heads.scans[head], entry["matrix"].numpy())
-            counts.add(labels, inside)
+            labels = counts.add(head, cohort.heads.scans[head], entry["matrix"].numpy(), inside)
         background.add(voxels, labels)
         if place in wanted["c"]:
             rows["c"].append(contributions(net, image))

@@ -99,9 +99,28 @@ class ParcelCounts:
     parcels: Parcels
     entries: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
     totals: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    seen: dict[int, int] = field(default_factory=dict)
 
-    def add(self, labels: np.ndarray, inside: np.ndarray) -> None:
-        """Count one head: labels [X, Y, Z], and which voxels are brain."""
+    def add(self, head: int, scan: Scan, matrix: np.ndarray, inside: np.ndarray) -> np.ndarray | None:
+        """Count the labels of a head, and return them; None where the head was counted before, by another run.
+
+        Args:
+            head: Number of the head in its cohort.
+            scan: The head.
+            matrix: Template RAS mm to the head's RAS mm, [4, 4].
+            inside: Brain voxels, [X, Y, Z].
+        """
+        if head in self.seen:
+            self.entries.append(self.entries[self.seen[head]])
+            self.totals.append(self.totals[self.seen[head]])
+            return None
+        self.seen[head] = len(self.entries)
+        labels = self.parcels.of(scan, matrix)
+        self.count(labels, inside)
+        return labels
+
+    def count(self, labels: np.ndarray, inside: np.ndarray) -> None:
+        """Count labels [X, Y, Z] in the brain voxels [X, Y, Z] of one more head."""
         cells = self.parcels.grid.cell_of_voxel
         known = labels > 0
         used = known & inside & (cells >= 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from emoe_med.brainage.maps.routes import Routes
 from emoe_med.brainage.metrics import DEFAULT_BOOTSTRAP, MIN_PERSONS
 
 DRAWS = 1000  # null maps
+NULL_HEADS = 60  # heads, evenly spread, whose mean is held against null maps; more of them change little
 COVERED = 0.5  # a cell belongs to the group's brain where it was routed in this share of the heads
 
 
@@ -26,10 +28,11 @@ class RegionStatistics:
         counts: Their parcels, in the same order.
         grid: Cells.
         seed: Of the null maps.
+        draws: Null maps of each kind.
     """
 
-    def __init__(self, routes: Routes, counts: ParcelCounts, grid: CellGrid, seed: int = 0) -> None:
-        self.routes, self.counts, self.grid = routes, counts, grid
+    def __init__(self, routes: Routes, counts: ParcelCounts, grid: CellGrid, seed: int = 0, draws: int = DRAWS) -> None:
+        self.routes, self.counts, self.grid, self.draws = routes, counts, grid, draws
         self.labels = counts.labels()
         num_cells = routes.expert.shape[1]
         self.weights = [counts.matrix(head, self.labels, num_cells) for head in range(len(routes))]
@@ -40,9 +43,7 @@ class RegionStatistics:
 
     def regions(self) -> pd.DataFrame:
         """Return one row per parcel and expert; the columns stand in docs/expert_maps.md."""
-        routes = self.routes
-        served = [routes.served(head) for head in range(len(routes))]
-        occupancy = self._means(served, range(len(routes)))
+        routes, served, occupancy = self.routes, self._served, self._occupancy
         by_person, age = self._persons(occupancy, routes.age, np.arange(len(routes)))
         signed = self._means(routes.contribution, routes.contribution_of)
         p_random, p_rotated = self._enrichment_p(served, occupancy)
@@ -81,11 +82,11 @@ class RegionStatistics:
             values = self._means(maps, heads)
             by_person = self._persons(values, routes.age, heads)[0][..., 0]
             brain = np.mean([self._brain_mean(m, h) for m, h in zip(maps, heads, strict=True)]) if len(heads) else 1
-            null = self._null(maps, heads, self._turned())[..., 0]
+            null = self._null(maps, heads, self._turned)[..., 0]
             p = upper_p(_mean(values)[:, 0], null)
             columns |= _with_interval(name, by_person)
             columns |= {f"{name}_ratio": _mean(by_person) / brain, f"{name}_p": p, f"{name}_q": fdr(p)}
-        occupancy = _mean(self._means([routes.served(h) for h in range(len(routes))], range(len(routes))))
+        occupancy = _mean(self._occupancy)
         top = np.nan_to_num(occupancy).argmax(1)
         entropy = stats.entropy(np.nan_to_num(occupancy) + 1e-12, axis=1) / np.log(routes.num_experts)
         columns |= {"top_expert": np.array([f"E{e:02d}" for e in top]), "top_occupancy": occupancy.max(1)}
@@ -94,6 +95,15 @@ class RegionStatistics:
         for place, (name, value) in enumerate(columns.items(), start=2):
             table.insert(place, name, value)
         return table
+
+    @cached_property
+    def _served(self) -> list[np.ndarray]:
+        return [self.routes.served(head) for head in range(len(self.routes))]
+
+    @cached_property
+    def _occupancy(self) -> np.ndarray:
+        """Mean occupancy in each head's parcels, [N, P, E]."""
+        return self._means(self._served, range(len(self.routes)))
 
     def _parcel_columns(self) -> pd.DataFrame:
         present = self.totals > 0
@@ -122,11 +132,13 @@ class RegionStatistics:
     def _persons(self, values: np.ndarray, age: np.ndarray, heads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Average [n, P, V] over the scans of each person; returns [persons, P, V] and their mean ages."""
         person = self.routes.person[heads]
-        frame = pd.DataFrame(values.reshape(len(values), -1)).assign(age=age[heads]).groupby(person).mean()
-        return frame.drop(columns="age").to_numpy().reshape(-1, *values.shape[1:]), frame["age"].to_numpy()
+        frame = pd.DataFrame(_flat(values)).assign(age=age[heads]).groupby(person).mean()
+        means = frame.drop(columns="age").to_numpy()
+        return means.reshape(len(frame), *values.shape[1:]), frame["age"].to_numpy()
 
+    @cached_property
     def _turned(self) -> np.ndarray:
-        return rotations(self.grid.centres_mm, self.inside, DRAWS, np.random.default_rng(self.seed))
+        return rotations(self.grid.centres_mm, self.inside, self.draws, np.random.default_rng(self.seed))
 
     def _null(self, maps: Any, heads: Any, index: np.ndarray | None) -> np.ndarray:
         """Mean over heads of parcel means after moving the cells, [B, P, V]; None shuffles each head anew."""
@@ -134,16 +146,17 @@ class RegionStatistics:
         total, number = np.zeros(1), np.zeros(1)
         for values, head in zip(maps, heads, strict=True):
             routed = self.routes.routed[head]
-            moved = shuffles(routed, DRAWS, rng) if index is None else index
+            moved = shuffles(routed, self.draws, rng) if index is None else index
             found = parcel_means(self.weights[head], values, routed, moved)
             total, number = total + np.nan_to_num(found), number + np.isfinite(found)
         if not len(heads):
-            return np.full((DRAWS, len(self.labels), 1), np.nan)
+            return np.full((self.draws, len(self.labels), 1), np.nan)
         return np.where(number > 0, total / np.maximum(number, 1), np.nan)
 
     def _enrichment_p(self, served: list[np.ndarray], occupancy: np.ndarray) -> list[np.ndarray]:
-        observed, heads = _mean(occupancy), range(len(served))
-        return [upper_p(observed, self._null(served, heads, index)) for index in (None, self._turned())]
+        heads = np.unique(np.linspace(0, len(served) - 1, NULL_HEADS).astype(int))
+        maps, observed = [served[head] for head in heads], _mean(occupancy[heads])
+        return [upper_p(observed, self._null(maps, heads, index)) for index in (None, self._turned)]
 
     def _share_of_mass(self, served: list[np.ndarray]) -> np.ndarray:
         """Share of each expert's brain voxels that lie in each parcel, [P, E]."""
@@ -177,7 +190,7 @@ def age_slope(values: np.ndarray, age: np.ndarray) -> dict[str, np.ndarray]:
     Returns:
         per_decade, low and high (95 % t interval) and two-sided p, [...]; NaN from fewer than 5 persons, or one age.
     """
-    flat = values.reshape(len(values), -1)
+    flat = _flat(values)
     known = np.isfinite(flat) & np.isfinite(age)[:, None]
     n = known.sum(0)
     years = np.where(known, age[:, None] / 10, 0)
@@ -195,6 +208,11 @@ def age_slope(values: np.ndarray, age: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.where(enough, value, np.nan).reshape(values.shape[1:]) for name, value in found.items()}
 
 
+def _flat(values: np.ndarray) -> np.ndarray:
+    """Join all axes after the first, also where it is empty."""
+    return values.reshape(len(values), int(np.prod(values.shape[1:])))
+
+
 def _mean(values: np.ndarray) -> np.ndarray:
     """Mean over the first axis, NaN left out, without a warning where nothing is there."""
     known = np.isfinite(values)
@@ -203,7 +221,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 def _with_interval(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
     """Mean of [persons, ...] and its 95 % bootstrap interval over persons."""
-    flat = values.reshape(len(values), -1)
+    flat = _flat(values)
     mean = _mean(values)
     low = high = np.full(mean.shape, np.nan)
     if len(flat) >= MIN_PERSONS:

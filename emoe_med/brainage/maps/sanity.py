@@ -105,7 +105,8 @@ def position_share(routes: Routes, seed: int = 0) -> dict[str, Any]:
     draws = np.random.default_rng(seed).multinomial(len(heads), np.full(len(heads), 1 / len(heads)), size=200)
     drawn = [_explained(np.tensordot(d, served, 1), d @ routed) for d in draws]
     value = _explained(served.sum(0), routed.sum(0))
-    number, load = routed.sum(0).astype(int), served.sum((0, 1)) / served.sum()
+    count = served.sum((0, 1), dtype=np.float64)
+    number, load = routed.sum(0).astype(int), count / count.sum()
     rng = np.random.default_rng(seed + 1)
     chance = [_explained(rng.multinomial(number, load).astype(float), number) for _ in range(200)]
     low, high = np.quantile(drawn, [0.025, 0.975])

@@ -11,8 +11,23 @@ from emoe_med.brainage.net import BrainAgeNet
 from emoe_med.config import BrainAgeConfig
 from emoe_med.data.register import box_grid
 from emoe_med.errors import ConfigError, Fault
+from emoe_med.models.sfcn import SFCN
+from emoe_med.moe import MoELayer
 
 MAX_CELL_MM = 16.0  # a larger cell holds several structures, and its map would name the wrong one
+
+
+def routed_part(net: BrainAgeNet) -> tuple[SFCN, MoELayer, int]:
+    """Return the convolutional net, its routed layer, and the block that the layer stands behind.
+
+    Raises:
+        ConfigError: It is another net, or has no routed layer with experts to tell apart (MAPS-LAYER).
+    """
+    sfcn = net.net
+    if not isinstance(sfcn, SFCN) or sfcn.moe is None or sfcn.moe_after is None or sfcn.moe.router.num_experts < 2:
+        reason = "maps are made of a routed layer of SFCN with two experts or more, and this net has none"
+        raise ConfigError(Fault("MAPS-LAYER", reason))
+    return sfcn, sfcn.moe, sfcn.moe_after
 
 
 @dataclass(frozen=True)
@@ -36,13 +51,11 @@ class CellGrid:
         """Return the cells of the routed layer of a network.
 
         Raises:
-            ConfigError: No routed layer with experts to tell apart (MAPS-LAYER), or cells above 16 mm (MAPS-CELL).
+            ConfigError: Nothing to map (MAPS-LAYER), or cells above 16 mm (MAPS-CELL).
         """
-        layer, after = net.net.moe, net.net.moe_after
-        if layer is None or after is None or layer.router.num_experts < 2:
-            raise ConfigError(Fault("MAPS-LAYER", f"{config.name} has no routed layer with two experts or more"))
+        sfcn, _, after = routed_part(net)
         data = config.data
-        grid = cls(data.spacing_mm, data.oversample, net.net.cell(after), net.net.receptive_field(after))
+        grid = cls(data.spacing_mm, data.oversample, sfcn.cell(after), sfcn.receptive_field(after))
         if grid.cell_mm > MAX_CELL_MM:
             reason = f"a cell of {config.name} is {grid.cell_mm:g} mm wide, and maps stop at {MAX_CELL_MM:g} mm"
             raise ConfigError(Fault("MAPS-CELL", reason, hint="route after an earlier block"))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emoe_med.brainage.maps.cells import routed_part
 from emoe_med.brainage.net import BrainAgeNet
 from emoe_med.moe import TokenSample, collected_tokens
 
@@ -32,9 +33,8 @@ def contributions(net: BrainAgeNet, image: Tensor) -> np.ndarray:
     Returns:
         [C, E]: predicted age minus that after the replacement; 0 where the expert does not serve the cell.
     """
-    sfcn, layer = net.net, net.net.moe
-    assert layer is not None
-    before = sfcn.until_layer(image)
+    sfcn, layer, after = routed_part(net)
+    before = sfcn.until(image, after)
     mask = sfcn.token_mask(image, before.shape[2:])
     sample = TokenSample(size=mask.numel())
     with collected_tokens(layer, sample):
@@ -42,7 +42,11 @@ def contributions(net: BrainAgeNet, image: Tensor) -> np.ndarray:
     tokens = sample.tokens.to(image.device)
     outputs = torch.stack([layer.experts.run(tokens, e) for e in range(layer.router.num_experts)])
     difference = outputs.mean(0) - outputs  # [E, N, D]
-    age = net.head.predict(sfcn.after_layer(stream))
+
+    def ages_of(maps: Tensor) -> Tensor:
+        return net.head.predict(sfcn.answer(sfcn.beyond(maps, after)))
+
+    age = ages_of(stream)
     cells = mask[0].nonzero().squeeze(1)
     order = torch.arange(len(cells), device=image.device)
     found = np.zeros((mask.shape[1], layer.router.num_experts), np.float32)
@@ -52,7 +56,7 @@ def contributions(net: BrainAgeNet, image: Tensor) -> np.ndarray:
         for part in order.split(BATCH):
             variants = stream.expand(len(part), *stream.shape[1:]).flatten(2).clone()
             variants[torch.arange(len(part)), :, cells[part]] += change[part].to(variants.dtype)
-            ages.append(net.head.predict(sfcn.after_layer(variants.unflatten(2, stream.shape[2:]))))
+            ages.append(ages_of(variants.unflatten(2, stream.shape[2:])))
         found[cells.cpu(), expert.cpu()] += (age - torch.cat(ages)).cpu().numpy()
     return found
 

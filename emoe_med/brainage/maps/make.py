@@ -122,7 +122,7 @@ def write_all(
     options: MapOptions,
 ) -> Path:
     """Observe the given heads through each run, and write `<folder>/expert_maps`."""
-    config, grid, space = models[0].config, CellGrid.of(models[0].net, models[0].config), models[0].chain().space
+    grid, space = CellGrid.of(models[0].net, models[0].config), models[0].chain().space
     synthetic = bool(models[0].contract["synthetic"])
     _enough(cohort, heads, synthetic)
     parcels = (
@@ -141,7 +141,7 @@ def write_all(
     compared = [_run_map(run, observed) for run, observed in zip(runs, seen, strict=True)]
     found = stability(compared, grid.centres_mm)
     routes = joined([_renamed(observed, compared, number) for number, observed in enumerate(seen)])
-    layer = f"block{config.model.moe.after_block}" if config.model.moe else ""
+    (layer,) = models[0].net.routed_layers()
     facts: dict[str, Any] = {
         "space": space,
         "subjects": len(np.unique(routes.person)),

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emoe_med.brainage.maps.cells import routed_part
 from emoe_med.brainage.net import BrainAgeNet
 
 
@@ -122,9 +123,8 @@ def joined(parts: Sequence[Routes]) -> Routes:
 @torch.no_grad()
 def route(net: BrainAgeNet, image: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Route one head [1, 1, X, Y, Z]: expert [C, K] int16 (-1 not served) and gate [C, K]."""
-    sfcn, layer = net.net, net.net.moe
-    assert layer is not None
-    before = sfcn.until_layer(image)
+    sfcn, layer, after = routed_part(net)
+    before = sfcn.until(image, after)
     mask = sfcn.token_mask(image, before.shape[2:])
     _, routing = sfcn.route(layer, before, mask)
     inside = mask[0].cpu().numpy()

@@ -10,13 +10,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from emoe_med.brainage.maps.cells import CellGrid
+from emoe_med.brainage.maps.cells import CellGrid, routed_part
 from emoe_med.brainage.maps.nulls import rotations
 from emoe_med.brainage.maps.regions import COVERED
 from emoe_med.brainage.maps.routes import Routes, route
 from emoe_med.brainage.maps.stability import match_experts
 from emoe_med.brainage.net import BrainAgeNet
-from emoe_med.config import BrainAgeConfig
+from emoe_med.config import BrainAgeConfig, ModelConfig
 from emoe_med.data.augment import shift
 from emoe_med.errors import DataError, Fault
 
@@ -66,9 +66,9 @@ def random_router_r(net: BrainAgeNet, config: BrainAgeConfig, images: Sequence[T
         images: Heads, [1, 1, X, Y, Z] each.
         seeds: Routers to try.
     """
-    layer, moe = net.net.moe, config.model.moe
-    assert layer is not None
-    assert moe is not None
+    layer, model = routed_part(net)[1], config.model
+    assert isinstance(model, ModelConfig)
+    assert model.moe is not None
     trained = layer.router
     own = _occupancy(net, images)
     found = []
@@ -76,7 +76,7 @@ def random_router_r(net: BrainAgeNet, config: BrainAgeConfig, images: Sequence[T
         for seed in range(seeds):
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                fresh = moe.build(config.model.channels[moe.after_block - 1]).router
+                fresh = model.moe.build(model.channels[model.moe.after_block - 1]).router
             layer.router = fresh.eval().to(images[0].device)
             other = _occupancy(net, images)
             inside = (own.coverage() >= COVERED) & (other.coverage() >= COVERED)
@@ -89,9 +89,7 @@ def random_router_r(net: BrainAgeNet, config: BrainAgeConfig, images: Sequence[T
 
 def _occupancy(net: BrainAgeNet, images: Sequence[Tensor]) -> Routes:
     routed = [route(net, image) for image in images]
-    layer = net.net.moe
-    assert layer is not None
-    return Routes.of(*(np.stack(part) for part in zip(*routed, strict=True)), layer.router.num_experts)
+    return Routes.of(*(np.stack(part) for part in zip(*routed, strict=True)), routed_part(net)[1].router.num_experts)
 
 
 def position_share(routes: Routes, seed: int = 0) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def test_the_receptive_field_is_what_a_token_feels():
     config = routed_config(after_block=2, stem=2, spacing_mm=4.0)
     net = net_of(config)
     image = torch.ones(1, 1, 40, 48, 40, requires_grad=True)
-    net.net.until_layer(image * torch.rand_like(image))[0, :, 2, 3, 2].sum().backward()
+    net.net.until(image * torch.rand_like(image), 2)[0, :, 2, 3, 2].sum().backward()
     felt = image.grad[0, 0].abs().sum((1, 2)).nonzero()
     assert felt.max() - felt.min() + 1 <= net.net.receptive_field(2) == 2 + 4 + 2 + 8 + 4
 
@@ -76,7 +76,7 @@ def test_a_planted_blob_comes_back_within_half_a_cell(place, tmp_path):
     blob = np.exp(-((world - np.array(place).reshape(3, 1, 1, 1)) ** 2).sum(0) / 2 / 5**2)
     image = torch.from_numpy(blob).float()[None, None]
     with torch.no_grad():
-        moved = net.net.until_layer(10 * image) - net.net.until_layer(0 * image)
+        moved = net.net.until(10 * image, 1) - net.net.until(0 * image, 1)
     values = moved.abs().sum(1).flatten().numpy()
     background = Background(4.0, with_labels=False)
     background.add(np.ones(shape, np.float32))

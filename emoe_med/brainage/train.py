@@ -85,8 +85,8 @@ def train(
         if not is_done(run_dir):
             _train_fold(config, cohort, out, run_dir, fold, digests[fold], resume, synthetic)
     _summarise(config, out, group)
-    if len(done := [run for run in sorted(group.glob("seed*-fold*")) if is_done(run)]) > 1:
-        maps_after_training(group, done, cohort)
+    if len(run_dirs) > 1:
+        maps_after_training(group, [run for run in sorted(group.glob("seed*-fold*")) if is_done(run)], cohort)
     return run_dirs
 
 

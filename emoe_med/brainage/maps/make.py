@@ -54,7 +54,7 @@ class MapOptions:
     checked: int = 20
 
 
-QUICK = MapOptions(contribution=8, occlusion=3, checked=5)  # at the end of training
+QUICK = MapOptions(contribution=MIN_PERSONS, occlusion=0, checked=5)  # at the end of training
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -124,7 +124,7 @@ def write_all(
     """Observe the given heads through each run, and write `<folder>/expert_maps`."""
     grid, space = CellGrid.of(models[0].net, models[0].config), models[0].chain().space
     synthetic = bool(models[0].contract["synthetic"])
-    _enough(cohort, heads, synthetic)
+    _enough(cohort, heads, options, synthetic)
     parcels = (
         Parcels.of_atlas(options.atlas, options.labels, grid, space)
         if options.atlas
@@ -187,11 +187,16 @@ def _heads(run: Path, model: TrainedModel, cohort: Cohort, everyone: bool) -> li
     return [i for i, reading in enumerate(cohort.readings) if known.isdisjoint((reading.content, reading.voxels))]
 
 
-def _enough(cohort: Cohort, heads: Sequence[Sequence[int]], synthetic: bool) -> None:
+def _enough(cohort: Cohort, heads: Sequence[Sequence[int]], options: MapOptions, synthetic: bool) -> None:
+    """Refuse maps of so few real persons that one of them could be seen in them (MAPS-FEW)."""
     persons = cohort.table()["participant_id"].to_numpy()
-    count = len(np.unique(persons[sorted({head for some in heads for head in some})])) if any(heads) else 0
-    if count < (1 if synthetic else MIN_PERSONS):
-        reason = f"maps of {count} persons could show one of them; {MIN_PERSONS} are needed"
+    count = len({persons[head] for some in heads for head in some})
+    counts = {"heads": count, "--contribution": options.contribution, "--occlusion": options.occlusion}
+    lowest = 1 if synthetic else MIN_PERSONS
+    few = {name: n for name, n in counts.items() if n < lowest and (n or name == "heads")}
+    if few:
+        told = ", ".join(f"{name} {n}" for name, n in few.items())
+        reason = f"a map of so few persons could show one of them: {told}; {lowest} are needed"
         raise DataError(Fault("MAPS-FEW", reason, hint="name the arm's folder for all folds, or a larger manifest"))
 
 

@@ -1,6 +1,8 @@
 """The verb `maps` on a small synthetic arm: every file, read back by other programs."""
 
 import json
+import re
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 from emoe_med.brainage.__main__ import app
 from emoe_med.data.cohort import write_cohort
 from emoe_med.data.phantom import LABELS
+from emoe_med.training.amend import amend
 
 CONFIG = """
 name: tiny
@@ -43,12 +46,14 @@ def arm(manifest, tmp_path_factory):
     for seed in (0, 1):
         train = ("train", "--manifest", manifest, "--config", out / "tiny.yaml", "--out", out, "--fold", "all")
         run(*train, "--set", f"training.seed={seed}")
+    for checkpoint in (out / "tiny").glob("seed*/checkpoints/step-*"):
+        amend(checkpoint, {"synthetic": True})  # as `demo` says from the start: no lower limit of persons
     return out / "tiny"
 
 
 @pytest.fixture(scope="module")
 def maps(arm, manifest):
-    run("maps", "--run", arm, "--manifest", manifest, "--contribution", 8, "--occlusion", 8)
+    run("maps", "--run", arm, "--manifest", manifest, "--contribution", 8, "--occlusion", 4)
     return arm / "expert_maps"
 
 
@@ -73,7 +78,7 @@ def test_every_volume_is_listed_named_and_true(maps):
         sidecar = json.loads((maps / item["file"].replace(".nii.gz", ".json")).read_text())
         assert sidecar["Smoothing"] == "none"
         assert sidecar["CellSizeMm"] == 16.0
-        assert sidecar["Subjects"] == (8 if item["quantity"] in ("contribution", "occlusion") else PERSONS)
+        assert sidecar["Subjects"] == {"contribution": 8, "occlusion": 4}.get(item["quantity"], PERSONS)
         total = total + voxels if item["quantity"] == "occupancy" else total
     inside = total > 0
     np.testing.assert_allclose(total[inside], 1, atol=1e-5)
@@ -144,12 +149,16 @@ def test_no_person_is_in_any_file(maps, manifest):
             assert str(manifest.parent) not in text
 
 
-def test_one_run_of_few_real_heads_is_refused_and_more_heads_are_not(arm, manifest):
-    one = arm / "seed0-fold0"
-    refused = run("maps", "--run", one, "--manifest", manifest, code=3)
-    assert "MAPS-FEW" in refused.output
+def test_one_run_of_few_real_heads_is_refused_and_more_heads_are_not(arm, manifest, tmp_path):
+    one = tmp_path / "real" / "seed0-fold0"
+    shutil.copytree(arm / "seed0-fold0", one)
+    for checkpoint in (one / "checkpoints").glob("step-*"):
+        amend(checkpoint, {"synthetic": False})
+    again = ("maps", "--run", one, "--manifest", manifest, "--cache", arm.parent / "cache", "--occlusion", 0)
+    assert re.search(r"MAPS-FEW .*heads 1\d.*; 20 are needed", run(*again, code=3).output)
+    assert "--contribution 8" in run(*again, "--everyone", "--contribution", 8, code=3).output
     assert not (one / "expert_maps").exists()
-    run("maps", "--run", one, "--manifest", manifest, "--everyone", "--contribution", 0, "--occlusion", 0)
+    run(*again, "--everyone", "--contribution", 0)
     index = json.loads((one / "expert_maps" / "maps.json").read_text())
     assert index["held_out"] is False
     assert "contribution" not in {item["quantity"] for item in index["maps"]}

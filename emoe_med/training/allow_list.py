@@ -32,6 +32,7 @@ TAGS = frozenset(
         "git_commit",
     }
 )
+MIN_PERSONS = 20  # behind the map of a group: a map of fewer shows the heads themselves
 FOLDERS = frozenset({"expert_maps", "report", "config", "metrics", "tables", "figures"})
 # configuration keys that hold places or names, whatever their value looks like
 _PLACES = re.compile(r"(.*_)?(path|paths|root|dir|folder|file|files|manifest|out|output|uri|host|user|id|name)")

@@ -129,15 +129,22 @@ class Tracker:
         if self._active:
             self.journal.write(kind, **fields)
 
-    def log_artifact(self, path: Path, folder: str) -> None:
-        """Record a file of the run folder as an artifact `<folder>/<name>`."""
+    def log_artifact(self, path: Path, folder: str, persons: float = 0) -> None:
+        """Record a file of the run folder as an artifact `<folder>/<name>`; a map of a group tells its persons."""
+        self._log_file(path, allow_list.may_leave(folder, path.name, persons), "artifact", folder=folder)
+
+    def log_image(self, path: Path, key: str, step: int, persons: float) -> None:
+        """Record a PNG of the run folder, of a group of persons, as the picture of a step: a slider in MLflow."""
+        self._log_file(path, allow_list.picture_may_leave(key, persons), "image", key=key, step=step)
+
+    def _log_file(self, path: Path, allowed: bool, kind: str, **fields: Any) -> None:
         if not self._active:
             return
         inside = path.resolve().relative_to(self.run_dir.resolve()).as_posix()
-        if folder not in allow_list.FOLDERS or allow_list.FILE.fullmatch(path.name) is None:
-            self._refuse([f"{folder}/{path.name}"])
+        if allowed:
+            self.journal.write(kind, file=inside, **fields)
         else:
-            self.journal.write("artifact", file=inside, folder=folder)
+            self._refuse([f"{fields.get('folder') or fields['key']}/{path.name}"])
 
     def sync_to_disk(self) -> None:
         """Wait until the disk has the journal."""
@@ -148,19 +155,6 @@ class Tracker:
         """Let the background send what MLflow lacks; returns at once. Called once an epoch."""
         if self._sender is not None:
             self._sender.wake()
-
-    def deep_link(self, artifact: str, base: str = "http://127.0.0.1:5000") -> str | None:
-        """Return the address of an artifact in MLflow's pages; None while MLflow does not know the run.
-
-        Args:
-            artifact: Such as `expert_maps/viewer.html`.
-            base: Address that `ui` serves the default store under.
-        """
-        record = outbox.read_record(self.run_dir) if self._active else {}
-        if record.get("run_id") is None:
-            return None
-        base = self.uri if self.uri.startswith("http") else base
-        return store.deep_link(base, record["experiment_id"], record["run_id"], artifact)
 
     def _refuse(self, names: list[str]) -> None:
         if names and self.strict:

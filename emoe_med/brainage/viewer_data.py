@@ -102,7 +102,7 @@ def _packed(volume: Volume, dtype: type, values: np.ndarray, scale: float) -> di
         "spacing": np.round(spacing, 6).tolist(),
         "type": np.dtype(dtype).name,
         "scale": scale,
-        "bytes": base64.b64encode(gzip.compress(content, compresslevel=9, mtime=0)).decode(),
+        "bytes": base64.b64encode(gzip.compress(content, compresslevel=6, mtime=0)).decode(),
     }
 
 

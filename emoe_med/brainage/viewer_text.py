@@ -107,14 +107,15 @@ def verdict_html(stability: Mapping[str, Any]) -> str:
 
 
 def checks_html(checks: Sequence[Mapping[str, Any]]) -> str:
-    """Return every sanity check; those that failed come first, and then all stand open."""
+    """Return every sanity check; those that failed come first, and are named where the rest is folded away."""
     order = {False: 0, True: 1, None: 2}
     ranked = sorted(checks, key=lambda check: order[check["passed"]])
-    failed = sum(check["passed"] is False for check in checks)
+    failed = [escape(check["title"]) for check in checks if check["passed"] is False]
     judged = sum(check["passed"] is not None for check in checks)
-    title = f"Sanity: {judged - failed} of {judged} checks passed"
+    title = f"Sanity: {judged - len(failed)} of {judged} checks passed"
+    title += f"<span class=no> ✗ {'; '.join(failed)}</span>" if failed else ""
     rows = "".join(_check(check) for check in ranked)
-    return f"<details{' open' if failed else ''}><summary>{title}</summary><table class=checks>{rows}</table></details>"
+    return f"<details><summary>{title}</summary><table class=checks>{rows}</table></details>"
 
 
 def _check(check: Mapping[str, Any]) -> str:

@@ -62,6 +62,13 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
+    def evaluate_if_there(self, expression: str, session: str) -> Any:
+        """Return the value; None while the page of the session is being made or is gone."""
+        try:
+            return self.evaluate(expression, session)
+        except AssertionError:
+            return None
+
     def open(self, address: str, width: int = 1280, height: int = 900) -> None:
         self.resize(width, height)
         self.send("Page.navigate", self.page, url=address)

@@ -15,7 +15,7 @@ EXPERTS = [f"E{number:02d}" for number in range(8)]
 COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999"]
 SPACE, LAYER, CELL_MM = "MNI152NLin2009aSym", "block1", 16.0
 PLANTED = {"expert": "E03", "place": (40.0, -25.5, -19.5), "parcel": 7, "years": 1.25}  # on the right, RAS mm
-NAMES = ["Cortex <left> & more", "Frontal", "Parietal", "Temporal", "Occipital", "Cerebellum", "Right hippocampus"]
+NAMES = ["Occipital", "Cerebellum", "Parietal", "Temporal", "Cortex <left> & more", "Frontal", "Right hippocampus"]
 
 
 def cell_of(place, shape, affine, cell_mm=CELL_MM):
@@ -103,7 +103,7 @@ def save(path, values, affine):
 
 
 def write_parcels(folder, brain, affine):
-    """Six slabs from front to back, and the planted cell as a parcel of its own."""
+    """Six slabs from back to front, and the planted cell as a parcel of its own."""
     slabs = np.indices(brain.shape)[1] * 6 // brain.shape[1] + 1
     parcels = np.where(brain, slabs, 0).astype(np.int32)
     parcels[cell_of(PLANTED["place"], brain.shape, affine)] = PLANTED["parcel"]

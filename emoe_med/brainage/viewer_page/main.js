@@ -191,6 +191,7 @@ async function tellPlace(map, parcels) {
   }));
 }
 
+document.querySelector("details").open = innerWidth >= 1100; // beside the slices there is room
 const slices = Object.entries(PLANES).map(([id, plane]) => new Slice(byId(id), plane, page.box));
 const head = new Head(byId("head"), page.box);
 fillControls();

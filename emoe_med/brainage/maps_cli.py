@@ -29,20 +29,26 @@ def maps(
 ) -> None:
     """Map which expert handles which part of the brain, with the evidence that it means something.
 
-    Writes RUN/expert_maps: NIfTI, tables over parcels, stability, sanity, montage.png.
+    Writes RUN/expert_maps: NIfTI, tables over parcels, stability, sanity, montage.png, and viewer.html, a page that
+    shows it all. MLflow gets the folder.
 
     Example: python -m emoe_med.brainage maps --run runs/emoe_4mm --manifest ixi/manifest.csv
     """
+    from emoe_med.brainage.map_record import publish_maps
     from emoe_med.brainage.maps.make import MapOptions, make_maps, runs_in
     from emoe_med.data.manifest import read_manifest
 
     options = MapOptions(atlas, labels, everyone, contribution, occlusion)
     arm = runs_in(run)[0].parent
     out = make_maps(run, read_manifest(manifest, data_root), cache or arm.parent / "cache", options, jobs)
+    link = publish_maps(out)
     index, found, checks = (json.loads((out / f"{n}.json").read_text()) for n in ("maps", "stability", "sanity"))
     if as_json:
         say(json.dumps({"folder": str(out), "stability": found, **checks, "subjects": index["subjects"]}, indent=1))
         return
+    say(f"page: {out / 'viewer.html'}")
+    if link:
+        say(f"in MLflow, while `ui` runs: {link}")
     say(f"{index['subjects']} heads, {len(index['runs'])} runs, cells of {index['cell_mm']:g} mm: {out}")
     say(f"stability: {found['verdict']}. {found['reason']}")
     for check in checks["checks"]:

@@ -33,7 +33,8 @@ TAGS = frozenset(
     }
 )
 FOLDERS = frozenset({"expert_maps", "report", "config", "metrics", "tables", "figures"})
-MAPS = "expert_maps"  # of a group of heads
+MAPS = "expert_maps"
+MAPS_OF_THINGS = frozenset({"expert_class.html", "expert_class.csv", "mean.png"})  # no person is behind these
 MIN_PERSONS = 20  # behind such a map: one of fewer shows the heads themselves
 MAP_FILE = re.compile(
     r"(maps|stability|sanity|dataset_description)\.json|(regions|parcels)\.csv|dseg\.tsv|montage\.png|viewer\.html|"
@@ -96,7 +97,9 @@ def may_leave(folder: str, name: str, persons: float) -> bool:
     """
     if folder not in FOLDERS or FILE.fullmatch(name) is None:
         return False
-    return folder != MAPS or (persons >= MIN_PERSONS and MAP_FILE.fullmatch(name) is not None)
+    if folder != MAPS or name in MAPS_OF_THINGS:
+        return True
+    return persons >= MIN_PERSONS and MAP_FILE.fullmatch(name) is not None
 
 
 def picture_may_leave(key: str, persons: float) -> bool:

@@ -156,6 +156,14 @@ class Tracker:
         if self._sender is not None:
             self._sender.wake()
 
+    def deep_link(self, artifact: str, base: str = "http://127.0.0.1:5000") -> str | None:
+        """Return the address of an artifact in MLflow's pages, as `ui` serves them; None while it has no such run."""
+        record = outbox.read_record(self.run_dir) if self._active else {}
+        if record.get("run_id") is None:
+            return None
+        base = self.uri if self.uri.startswith("http") else base
+        return store.deep_link(base, record["experiment_id"], record["run_id"], artifact)
+
     def _refuse(self, names: list[str]) -> None:
         if names and self.strict:
             raise ValueError(f"not on the allow-list of the record: {', '.join(names)}")

@@ -85,7 +85,7 @@ def test_the_deep_link_shows_the_maps_within_mlflow(browser, tmp_path):
     with Tracker(run_dir, out=tmp_path, run_name="fold0", strict=True) as tracker:
         folder = write_map_folder(run_dir / "expert_maps", verdict=UNSTABLE)
         write_viewer(folder)
-        record_maps(tracker, folder, step=1)
+        record_maps(tracker, folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

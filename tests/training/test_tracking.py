@@ -193,6 +193,20 @@ def test_pictures_are_named_as_mlflow_names_them(tmp_path):
     assert client.get_run(run_id).data.tags.items() >= TAG.items()
 
 
+def test_the_deep_link_names_experiment_run_and_artifact(out):
+    run_dir = out / "run"
+    with Tracker(run_dir, out=out) as tracker:
+        assert tracker.deep_link("expert_maps/viewer.html") is None
+        record(tracker, 1)
+        tracker.flush()
+        tracker._sender._thread.join(60)
+        info = run_of(out, run_dir).info
+        assert tracker.deep_link("expert_maps/viewer.html") == (
+            f"http://127.0.0.1:5000/#/experiments/{info.experiment_id}/runs/{info.run_id}"
+            "/artifacts/expert_maps/viewer.html?workflowType=machine_learning"
+        )
+
+
 def test_a_moved_folder_of_runs_still_syncs(out, tmp_path_factory):
     run_dir = out / "run"
     with Tracker(run_dir, out=out) as tracker:

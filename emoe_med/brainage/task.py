@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from emoe_med.brainage.first_choices import FirstChoices, group_of_heads
 from emoe_med.brainage.net import BrainAgeNet
 from emoe_med.config import BrainAgeConfig
 from emoe_med.data.augment import AugmentOptions, augment, to_model_grid
@@ -21,6 +22,7 @@ from emoe_med.models.deep_moe import DeepMoE
 from emoe_med.models.heads import TrainingAges
 from emoe_med.moe import RoutingStats
 from emoe_med.training.channel_report import ChannelUse
+from emoe_med.training.pictures import Picture
 from emoe_med.training.task import MapDataset
 
 
@@ -56,6 +58,9 @@ class BrainAgeTask:
         self.meta = {**(meta or {}), "training_ages": asdict(self.ages)}
         self.gating: GatingConfig | None = getattr(config.model, "gating", None)
         self.augment = AugmentOptions(**config.augment.model_dump())
+        # the same heads at every epoch; those of validation first
+        self._group, self._persons = group_of_heads(heads.scans, [*val, *train], bool(self.meta.get("synthetic")))
+        self._shown: MapDataset = Subset(held, self._group)
 
     def build_model(self) -> BrainAgeNet:
         """Build the network; weights follow from torch's seed."""
@@ -129,6 +134,19 @@ class BrainAgeTask:
             metrics[f"router/{place}alpha"] = float(layer.alpha.detach())
             metrics |= {f"router/{place}{key}": value for key, value in layer.router.health().items()}
         return metrics
+
+    def pictures(self, model: BrainAgeNet) -> list[Picture]:
+        """Return where each expert is the first choice, over one group of heads, for each routed layer with cells."""
+        counts: dict[str, FirstChoices] = {}
+        for index in range(len(self._shown)) if self._persons else ():
+            image = self._shown[index]["image"][None].to(next(model.parameters()).device)
+            out = model(to_model_grid(image.float(), self.config.data.oversample))
+            for name, mask in out.token_mask.items():
+                routing = out.routing[name]
+                experts = routing.probs.shape[1]
+                counts.setdefault(name, FirstChoices(mask.shape[1], experts)).add(routing.expert_index[:, 0], mask[0])
+        drawn = {name: found.draw() for name, found in counts.items() if found.shape is not None}
+        return [Picture(f"map/{_place(name, counts)}top_expert", png, self._persons) for name, png in drawn.items()]
 
 
 def _weighted(errors: Tensor, batch: Mapping[str, Any]) -> Tensor:

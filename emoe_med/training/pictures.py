@@ -1,8 +1,9 @@
-"""The files that MLflow's pages expect of a picture that is logged at every epoch."""
+"""Pictures of a run's epochs: what a task draws, and the files that MLflow's pages expect of it."""
 
 from __future__ import annotations
 
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -10,6 +11,21 @@ from PIL import Image
 FOLDER = "images"  # where the pages look for them
 TAG = {"mlflow.loggedImages": "True"}  # and the tag that makes them look
 _PREVIEW = 256  # pixels, longest edge
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a task draws at the end of an epoch.
+
+    Attributes:
+        key: Name made like a metric's, such as `map/top_expert`.
+        png: The picture.
+        persons: How many are behind it; infinite where nobody is.
+    """
+
+    key: str
+    png: bytes
+    persons: float
 
 
 def picture_files(path: Path, key: str, step: int, run_key: str, created: int, folder: Path) -> list[Path]:

@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 from emoe_med.errors import ConfigError, Fault, Interrupted, StorageError
 from emoe_med.training import allow_list, outbox, store
 from emoe_med.training.journal import Journal
-from emoe_med.training.run_folder import claim
+from emoe_med.training.pictures import Picture
+from emoe_med.training.run_folder import claim, replace_file
 
 LOG = logging.getLogger("emoe_med")
 PARAMS_PER_CALL = 100  # MLflow's own limit
@@ -133,9 +134,14 @@ class Tracker:
         """Record a file of the run folder as an artifact `<folder>/<name>`; a map of a group tells its persons."""
         self._log_file(path, allow_list.may_leave(folder, path.name, persons), "artifact", folder=folder)
 
-    def log_image(self, path: Path, key: str, step: int, persons: float) -> None:
-        """Record a PNG of the run folder, of a group of persons, as the picture of a step: a slider in MLflow."""
-        self._log_file(path, allow_list.picture_may_leave(key, persons), "image", key=key, step=step)
+    def picture(self, step: int, picture: Picture) -> None:
+        """Keep a picture in `pictures/` of the run folder, and record it for a slider over steps in MLflow."""
+        if self._active:
+            path = self.run_dir / "pictures" / f"{picture.key.replace('/', '-')}-{step:07d}.png"
+            path.parent.mkdir(exist_ok=True)
+            replace_file(path, picture.png)
+            allowed = allow_list.picture_may_leave(picture.key, picture.persons)
+            self._log_file(path, allowed, "image", key=picture.key, step=step)
 
     def _log_file(self, path: Path, allowed: bool, kind: str, **fields: Any) -> None:
         if not self._active:

@@ -20,7 +20,7 @@ from small_disk import small_disk
 from emoe_med.errors import ConfigError, Interrupted
 from emoe_med.training import outbox, store
 from emoe_med.training.journal import read_journal
-from emoe_med.training.pictures import TAG, picture_files
+from emoe_med.training.pictures import TAG, Picture, picture_files
 from emoe_med.training.tracking import Tracker, sync
 
 # the library's own deprecation, raised while it maps its tables
@@ -159,19 +159,24 @@ def test_a_map_of_few_persons_stays(out, caplog):
     assert "not on the allow-list: expert_maps/viewer.html" in caplog.text
 
 
+def png_of(colour):
+    content = io.BytesIO()
+    Image.new("RGB", (600, 300), colour).save(content, "PNG")
+    return content.getvalue()
+
+
 def test_pictures_of_epochs_lie_where_the_pages_of_mlflow_look_and_once(out):
     run_dir = out / "run"
     with Tracker(run_dir, out=out, strict=True) as tracker:
         for step in (10, 20, 20):  # a resumed run may draw an epoch again
-            Image.new("RGB", (600, 300), (step, 0, 0)).save(run_dir / f"epoch-{step}.png")
-            tracker.log_image(run_dir / f"epoch-{step}.png", "map/top_expert", step, persons=20)
+            tracker.picture(step, Picture("map/top_expert", png_of((step, 0, 0)), persons=20))
         with pytest.raises(ValueError, match="not on the allow-list"):
-            tracker.log_image(run_dir / "epoch-10.png", "map/top_expert", 30, persons=19)
+            tracker.picture(30, Picture("map/top_expert", png_of((30, 0, 0)), persons=19))
     found = files_of(out, run_dir)
     names = {re.sub(r"timestamp.\d+.[0-9a-f-]{36}", "<...>", name): name for name in found}
     steps = [f"images/map~top_expert+step+{step}+<...>" for step in (10, 20)]
     assert sorted(names) == sorted([f"{step}{end}" for step in steps for end in (".png", "+compressed.webp")])
-    assert found[names[f"{steps[1]}.png"]] == (run_dir / "epoch-20.png").read_bytes()
+    assert found[names[f"{steps[1]}.png"]] == png_of((20, 0, 0))
     with Image.open(io.BytesIO(found[names[f"{steps[0]}+compressed.webp"]])) as preview:
         assert preview.size == (256, 128)
     assert run_of(out, run_dir).data.tags["mlflow.loggedImages"] == "True"

@@ -26,23 +26,26 @@ _COLUMNS = 5  # slices in a line
 _AIR, _UNCLEAR, _TEXT = (255, 255, 255), (205, 210, 215), (28, 39, 51)
 
 
-def group_of_heads(scans: Sequence[Scan], order: Sequence[int], synthetic: bool) -> tuple[list[int], float]:
-    """Choose one scan of each of the first 20 persons, and tell how many persons they are.
+def missing_heads(scans: Sequence[Scan], val: Sequence[int], train: Sequence[int]) -> tuple[list[int], float]:
+    """Choose which training heads must join those of validation, which are looked at anyway, to make a group.
 
     Returns:
-        Places in `order`'s numbering of `scans`, and the number of persons: infinite for drawn heads, 0 where there
-        are fewer than 20, which is told and leaves the pictures out.
+        Numbers in `scans`, one of each person, and how many persons the group is: 0 where all are too few, which is
+        told and leaves the pictures out.
     """
-    first: dict[str, int] = {}
-    for index in order:
-        first.setdefault(person_key(scans[index].participant_id), index)
-    group = list(first.values())[:MIN_PERSONS]
-    if synthetic:
-        return group, math.inf
-    if len(group) < MIN_PERSONS:
-        LOG.info("no picture of the experts at each epoch: %d persons, %d are needed", len(group), MIN_PERSONS)
+    key = [person_key(scan.participant_id) for scan in scans]
+    persons = {key[index] for index in val}
+    missing = []
+    for index in train:
+        if len(persons) >= MIN_PERSONS:
+            break
+        if key[index] not in persons:
+            persons.add(key[index])
+            missing.append(index)
+    if len(persons) < MIN_PERSONS:
+        LOG.info("no picture of the experts at each epoch: %d persons, %d are needed", len(persons), MIN_PERSONS)
         return [], 0
-    return group, len(group)
+    return missing, len(persons)
 
 
 class FirstChoices:
@@ -61,13 +64,13 @@ class FirstChoices:
         self.shape = shape if math.prod(shape) == cells else None
 
     def add(self, expert: Tensor, mask: Tensor) -> None:
-        """Count one head.
+        """Count a batch of heads.
 
         Args:
             expert: First choice of each routed token, [N].
-            mask: Which tokens were routed, [T] with N true.
+            mask: Which tokens were routed, [B, T] with N true.
         """
-        self.counts[mask.cpu().numpy().nonzero()[0], expert.cpu().numpy()] += 1
+        np.add.at(self.counts, (mask.cpu().numpy().nonzero()[1], expert.cpu().numpy()), 1)
 
     def draw(self) -> bytes:
         """Draw all axial layers of cells from below, the left of the head on the left, as PNG."""

@@ -1,12 +1,12 @@
 import io
-import math
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 
 from emoe_med.brainage.cohort import chain_options, prepare_cohort
-from emoe_med.brainage.first_choices import FirstChoices, group_of_heads
+from emoe_med.brainage.first_choices import FirstChoices, missing_heads
 from emoe_med.brainage.task import BrainAgeTask
 from emoe_med.config import BrainAgeConfig
 from emoe_med.data.cohort import write_cohort
@@ -35,8 +35,8 @@ def pixel(png, layer, x, y):
 
 def test_a_cell_has_the_colour_of_its_first_choice_where_the_second_is_clearly_behind():
     found = FirstChoices(5 * 6 * 5, experts=2)
-    mask = torch.ones(150, dtype=torch.bool)
-    mask[-1] = False  # x, y, z are all at their end: right, front, top
+    mask = torch.ones(1, 150, dtype=torch.bool)
+    mask[0, -1] = False  # x, y, z are all at their end: right, front, top
     cells = np.indices((5, 6, 5)).reshape(3, -1)[:, :-1]
     left = torch.as_tensor((cells[0] > 1).astype(int))  # expert 0 serves the two leftmost layers of cells
     for _ in range(10):
@@ -62,21 +62,26 @@ def test_a_training_run_draws_twenty_persons_and_no_fewer(tmp_path):
     config = BrainAgeConfig.model_validate(TINY)
     cohort = prepare_cohort(manifest, chain_options(config, manifest), tmp_path / "cache")
     scans = manifest.scans
-    first = {scan.participant_id: index for index, scan in reversed(list(enumerate(scans)))}
-    everyone = list(range(len(scans)))
-    assert len(first) == 21
+    people = sorted({scan.participant_id for scan in scans})
+    where = {name: [i for i, scan in enumerate(scans) if scan.participant_id == name] for name in people}
+    assert len(people) == 21
     assert len(scans) > 21  # some were scanned twice, and count once
-    group, persons = group_of_heads(scans, everyone, synthetic=False)
-    assert (set(group), persons) == (set(sorted(first.values())[:20]), 20)
-    few = [index for index in everyone if scans[index].participant_id in sorted(first)[:19]]
-    assert group_of_heads(scans, few, synthetic=False) == ([], 0)
-    assert group_of_heads(scans, few, synthetic=True)[1] == math.inf
+    val, train = ([i for name in names for i in where[name]] for names in (people[:7], people[7:]))
+    missing, persons = missing_heads(scans, val, train)
+    assert persons == 20
+    assert missing == [where[name][0] for name in people[7:20]]
+    assert missing_heads(scans, val, [i for i in train if scans[i].participant_id in people[:19]]) == ([], 0)
+    assert missing_heads(scans, [*train, *val], []) == ([], 21)
 
-    task = BrainAgeTask(config, cohort.heads, everyone[8:], everyone[:8], {})
+    task = BrainAgeTask(config, cohort.heads, train, val, {})
     model = task.build_model().eval()
+    batches = [task.prepare(default_collate([task.val_data[i]]), False, torch.zeros(1)) for i in range(len(val))]
     with torch.no_grad():
+        task.validate(model, batches)
         (picture,) = task.pictures(model)
     assert (picture.key, picture.persons) == ("map/top_expert", 20)
+    (choices,) = task._choices.values()
+    assert choices.counts.sum(1).max() == len(val) + 13
     colours = {tuple(part) for part in np.asarray(Image.open(io.BytesIO(picture.png))).reshape(-1, 3)}
     assert {ORANGE, SKY} & colours
-    assert BrainAgeTask(config, cohort.heads, few[8:], few[:8], {}).pictures(model) == []
+    assert BrainAgeTask(config, cohort.heads, train[:5], val, {}).pictures(model) == []

@@ -91,6 +91,7 @@ def _folds(text: str, count: int) -> list[int]:
 
 def _show_runs(run_dirs: list[Path], out: Path, as_json: bool) -> None:
     from emoe_med.training.arm import headline
+    from emoe_med.training.ui import map_links
 
     metrics = {str(run_dir): json.loads((run_dir / "metrics.json").read_text()) for run_dir in run_dirs}
     if as_json:
@@ -102,6 +103,8 @@ def _show_runs(run_dirs: list[Path], out: Path, as_json: bool) -> None:
         say(f"{run}: MAE {_estimate(test['mae'])}, in years; guessing the training median: {guess}")
     say(f"report: {run_dirs[-1] / 'report' / 'report.html'}")
     say(f"tracking: python -m emoe_med.brainage ui --out {out}")
+    for line in map_links(out, run_dirs):
+        say(line)
 
 
 @app.command()

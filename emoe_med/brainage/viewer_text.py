@@ -125,7 +125,7 @@ def _check(check: Mapping[str, Any]) -> str:
     if check.get("low") is not None:
         figure += f" {interval(check)}"
     wanted = str(check.get("threshold") or "").replace(">=", "≥").replace("<=", "≤")
-    wanted = f"<small>wanted {escape(wanted)}</small>" if wanted else ""
+    wanted = f"<small>wanted {escape(wanted)}</small>" if wanted and check["passed"] is not None else ""
     text = f"{escape(check['title'])}<small>{escape(_sentence(check['text']))}</small>"
     return f"<tr><td>{mark}</td><td>{text}</td><td>{figure}{wanted}</td></tr>"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from emoe_med.errors import ConfigError, Fault
@@ -13,7 +13,8 @@ from emoe_med.training.outbox import read_record
 from emoe_med.training.store import deep_link, serve
 from emoe_med.training.tracking import sync
 
-PAGES = {"expert_maps/viewer.html": "expert maps", "report/report.html": "report"}  # artifact: title
+MAPS_PAGE = "expert_maps/viewer.html"
+PAGES = {MAPS_PAGE: "expert maps", "report/report.html": "report"}  # artifact: title
 ADDRESS = "http://127.0.0.1:{port}"
 PORT = 5000
 
@@ -57,6 +58,15 @@ def run_links(out: Path, address: str) -> dict[str, str]:
             name = f"{run_dir.relative_to(out).as_posix()} {title}"
             links[name] = deep_link(address, record["experiment_id"], record["run_id"], artifact)
     return links
+
+
+def map_links(out: Path, run_dirs: Iterable[Path]) -> Iterator[str]:
+    """Yield a line with the address of the expert maps of each run, and of their arm, that has a page."""
+    owners = {path.relative_to(out).as_posix() for run_dir in run_dirs for path in (run_dir.parent, run_dir)}
+    for name, link in run_links(out, ADDRESS.format(port=PORT)).items():
+        owner, _, title = name.partition(" ")
+        if owner in owners and title == PAGES[MAPS_PAGE]:
+            yield f"{name}, while `ui` runs: {link}"
 
 
 def sync_runs(out: Path, uri: str | None, allow_remote: bool) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import json
 
 from emoe_med.training.outbox import settle_record
-from emoe_med.training.ui import run_links
+from emoe_med.training.ui import map_links, run_links
 
 
 def known_run(out, name, run_id, *files):
@@ -29,3 +29,8 @@ def test_every_page_of_every_run_and_arm_is_linked(tmp_path):
         "emoe/seed0-fold0 report": f"{base}/bb/artifacts/report/report.html{query}",
         "emoe expert maps": f"{base}/aa/artifacts/expert_maps/viewer.html{query}",
     }
+    lines = list(map_links(tmp_path, [tmp_path / "emoe" / "seed0-fold0", tmp_path / "emoe" / "seed0-fold1"]))
+    assert lines == [
+        f"emoe/seed0-fold0 expert maps, while `ui` runs: {base}/bb/artifacts/expert_maps/viewer.html{query}",
+        f"emoe expert maps, while `ui` runs: {base}/aa/artifacts/expert_maps/viewer.html{query}",
+    ]

@@ -72,7 +72,8 @@ function chooseQuantity(name) {
 
 function show(value, digits = state.quantity.digits) {
   if (!Number.isFinite(value)) return "–";
-  return value.toFixed(digits).replace(/^-(?=.*[1-9])/, "−").replace(/^-/, "");
+  const small = value !== 0 && Math.abs(value) < 10 ** -digits; // two figures of it rather than 0.000
+  return (small ? String(Number(value.toPrecision(2))) : value.toFixed(digits)).replace("-", "−");
 }
 
 // --- the place ---
@@ -191,7 +192,8 @@ async function tellPlace(map, parcels) {
   }));
 }
 
-document.querySelector("details").open = innerWidth >= 1100; // beside the slices there is room
+// what failed is read at once where there is room beside the slices
+document.querySelector("details").open = innerWidth >= 1100 && document.querySelector("details .no") !== null;
 const slices = Object.entries(PLANES).map(([id, plane]) => new Slice(byId(id), plane, page.box));
 const head = new Head(byId("head"), page.box);
 fillControls();

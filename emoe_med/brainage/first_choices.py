@@ -23,7 +23,7 @@ from emoe_med.training.allow_list import MIN_PERSONS
 LOG = logging.getLogger("emoe_med")
 _EDGE = 10  # pixels of a cell
 _COLUMNS = 5  # slices in a line
-_AIR, _UNCLEAR, _TEXT = (255, 255, 255), (205, 210, 215), (28, 39, 51)
+_AIR, _UNCLEAR, _TEXT = (0, 0, 0), (64, 70, 78), (255, 255, 255)
 
 
 def missing_heads(scans: Sequence[Scan], val: Sequence[int], train: Sequence[int]) -> tuple[list[int], float]:
@@ -95,7 +95,8 @@ class FirstChoices:
         return content.getvalue()
 
     def _legend(self, pen: ImageDraw.ImageDraw, palette: np.ndarray, top: int) -> None:
-        for number, colour in enumerate(palette):
+        pen.text((2, 2), "L", fill=_TEXT)
+        for number, colour in enumerate([*palette, _UNCLEAR]):
             left = _EDGE + number * 55
             pen.rectangle((left, top, left + 12, top + 12), fill=tuple(int(part) for part in colour))
-            pen.text((left + 17, top), f"E{number:02d}", fill=_TEXT)
+            pen.text((left + 17, top), f"E{number:02d}" if number < len(palette) else "none clear", fill=_TEXT)

@@ -12,7 +12,7 @@ from emoe_med.config import BrainAgeConfig
 from emoe_med.data.cohort import write_cohort
 from emoe_med.data.manifest import read_manifest
 
-ORANGE, SKY, UNCLEAR, AIR = (230, 159, 0), (86, 180, 233), (205, 210, 215), (255, 255, 255)
+ORANGE, SKY, UNCLEAR, AIR = (230, 159, 0), (86, 180, 233), (64, 70, 78), (0, 0, 0)
 TINY = {
     "name": "tiny",
     "data": {"spacing_mm": 8, "oversample": 1, "align": "centred"},

@@ -2,11 +2,12 @@ import base64
 import gzip
 import json
 import re
+import shutil
 
 import nibabel
 import numpy as np
 import pytest
-from map_folder import EXPERTS, LAYER, PLANTED, write_map_folder
+from map_folder import EXPERTS, LAYER, PLANTED, write_map_folder, write_verdicts
 
 from emoe_med.brainage.viewer import write_viewer
 from emoe_med.errors import DataError
@@ -88,8 +89,11 @@ def test_text_of_others_is_shown_as_text(folder):
         ("not tested: needs runs of other seeds and folds", "open", "stability not tested"),
     ],
 )
-def test_the_verdict_leads_and_is_in_every_picture(tmp_path, verdict, kind, told):
-    folder = write_map_folder(tmp_path / "expert_maps", verdict=verdict)
+def test_the_verdict_leads_and_is_in_every_picture(tmp_path, folder, verdict, kind, told):
+    folder = shutil.copytree(folder, tmp_path / "expert_maps")
+    write_verdicts(folder, verdict)
+    index = json.loads((folder / "maps.json").read_text())
+    (folder / "maps.json").write_text(json.dumps({**index, "verdict": verdict}))
     page = write_viewer(folder).read_text()
     assert data_of(folder)["warning"] == told
     banner = page.index(f'<div class="verdict {kind}" role="alert"><p><b>{verdict[0].upper()}{verdict[1:]}.</b>')
@@ -98,17 +102,21 @@ def test_the_verdict_leads_and_is_in_every_picture(tmp_path, verdict, kind, told
     assert page.index("✗ failed") < page.index("✓ passed")
 
 
-def test_maps_of_few_persons_are_refused_and_drawn_heads_are_nobody(tmp_path):
-    folder = write_map_folder(tmp_path / "few", subjects=19)
+@pytest.mark.parametrize("count", ["subjects", "subjects_contribution", "subjects_occlusion"])
+def test_maps_of_few_persons_are_refused_and_drawn_heads_are_nobody(tmp_path, folder, count):
+    folder = shutil.copytree(folder, tmp_path / "expert_maps")
+    (folder / "viewer.html").unlink()
+    index = json.loads((folder / "maps.json").read_text()) | {count: 19}
+    (folder / "maps.json").write_text(json.dumps(index))
     with pytest.raises(DataError, match=r"MAPS-FEW.*maps of 19 persons"):
         write_viewer(folder)
     assert not (folder / "viewer.html").exists()
-    folder = write_map_folder(tmp_path / "drawn", subjects=6, synthetic=True)
+    (folder / "maps.json").write_text(json.dumps({**index, "synthetic": True}))
     assert "SYNTHETIC DATA" in write_viewer(folder).read_text()
 
 
-def test_a_missing_map_is_named(tmp_path):
-    folder = write_map_folder(tmp_path / "expert_maps")
+def test_a_missing_map_is_named(tmp_path, folder):
+    folder = shutil.copytree(folder, tmp_path / "expert_maps")
     lost = next(folder.glob("*label-E05_desc-gate*"))
     lost.unlink()
     with pytest.raises(DataError, match=f"MAPS-FILE.*{lost.name}.*is missing"):

@@ -44,6 +44,12 @@ def browser(tmp_path_factory):
         yield browser
 
 
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Address of a page of stable maps, outside of MLflow."""
+    return write_viewer(write_map_folder(tmp_path_factory.mktemp("maps") / "expert_maps")).as_uri()
+
+
 def drawn(browser, address, width, height):
     """Open an address, and return the session of the frame that the viewer is drawn in."""
     browser.open("about:blank", width, height)
@@ -129,9 +135,8 @@ def values_are_those_of_the_files(browser, frame, folder):
 
 
 @pytest.mark.parametrize(("width", "height"), [(600, 800), (1600, 950)])
-def test_keyboard_table_and_layout(browser, tmp_path, width, height):
-    folder = write_map_folder(tmp_path / "expert_maps")
-    frame = drawn(browser, write_viewer(folder).as_uri(), width, height)
+def test_keyboard_table_and_layout(browser, page, width, height):
+    frame = drawn(browser, page, width, height)
     assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth", frame)
     # arrow keys of a focused slice move the crosshair by a voxel, with page up the slice
     act(browser, frame, "moveTo([0, 0, 0])")
@@ -159,10 +164,9 @@ def test_keyboard_table_and_layout(browser, tmp_path, width, height):
     assert browser.complaints() == []
 
 
-def test_left_of_the_head_is_left_in_the_picture(browser, tmp_path):
+def test_left_of_the_head_is_left_in_the_picture(browser, page):
     """The planted cell lies on the right: it is red where the picture's right is, as the mark says."""
-    folder = write_map_folder(tmp_path / "expert_maps")
-    frame = drawn(browser, write_viewer(folder).as_uri(), 1000, 800)
+    frame = drawn(browser, page, 1000, 800)
     choose(browser, frame, "contribution-expert")
     act(
         browser,

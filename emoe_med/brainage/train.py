@@ -12,7 +12,10 @@ import torch
 from emoe_med.brainage.cohort import Cohort, chain_options, prepare_cohort
 from emoe_med.brainage.compare import compare_groups
 from emoe_med.brainage.evaluate import evaluate_run, write_reports
+from emoe_med.brainage.map_record import publish_maps, record_maps
+from emoe_med.brainage.maps.make import maps_after_training
 from emoe_med.brainage.task import BrainAgeTask
+from emoe_med.brainage.viewer import write_viewer
 from emoe_med.config import BrainAgeConfig, dump_run
 from emoe_med.data.brain import ChainOptions
 from emoe_med.data.contract import Spread
@@ -83,6 +86,10 @@ def train(
         with machine.together():
             if machine.first:
                 _summarise(config, out, group)
+                if len(run_dirs) > 1:
+                    done = [run for run in sorted(group.glob("seed*-fold*")) if is_done(run)]
+                    if maps := maps_after_training(group, done, cohort):
+                        publish_maps(maps)
     return run_dirs
 
 
@@ -167,6 +174,9 @@ def _train_fold(
                 page, figures = write_reports(run_dir)
                 tracker.log_artifact(page, "report")
                 tracker.log_artifact(figures, "metrics")
+                if maps := maps_after_training(run_dir, [run_dir], cohort):
+                    write_viewer(maps)
+                    record_maps(tracker, maps)
                 LOG.info("fold %d: test MAE %.2f years", fold, metrics["test"]["mae"]["value"])
 
 

@@ -21,6 +21,7 @@ from emoe_med.errors import DivergedError, Fault
 from emoe_med.moe import StepSums
 from emoe_med.training import optim, runtime
 from emoe_med.training.loader import ResumableSampler, augmentation_keys, make_loader, read_batches
+from emoe_med.training.pictures import Picture
 from emoe_med.training.ranks import Machine
 from emoe_med.training.task import Batch, Record, Task
 
@@ -70,6 +71,7 @@ class Trainer:
         self._ranked: nn.Module = DistributedDataParallel(model) if ranks > 1 else model
         self.position = Position()
         self._shapes = "none yet"
+        self._pictures: list[Picture] = []  # of the last validation
         self._pace = (0.0, 0)  # start of the epoch in this session, samples since
         runtime.seed_rank(config.seed, machine.rank)
 
@@ -224,7 +226,10 @@ class Trainer:
         try:
             with torch.no_grad(), self._autocast():
                 metrics = self.task.validate(model, self._validation_batches(stop))
-                return {**metrics, **self.task.end_of_epoch(model)}
+                metrics |= self.task.end_of_epoch(model)
+                draw = getattr(self.task, "pictures", None)
+                self._pictures = draw(model) if draw else []
+            return metrics
         finally:
             runtime.set_random_state(before, device)
 
@@ -249,6 +254,8 @@ class Trainer:
         means = {f"train/{part}": total / at.updates for part, total in at.totals.items()}
         values = {**means, **metrics}
         self.tracker.metrics(at.step, {**values, **self._speed()})
+        for picture in self._pictures:
+            self.tracker.picture(at.step, picture)
         at.epoch += 1
         at.batch, at.updates, at.totals = 0, 0, {}
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}

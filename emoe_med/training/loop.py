@@ -12,7 +12,7 @@ from emoe_med.config import TrainingConfig
 from emoe_med.training.checkpoint import load_model_state, load_model_weights
 from emoe_med.training.progress import EpochProgress
 from emoe_med.training.resume import Keeper
-from emoe_med.training.runtime import StopSignal, memory_told, prepared
+from emoe_med.training.runtime import StopSignal, give_back_memory, memory_told, prepared
 from emoe_med.training.task import Record, Task
 from emoe_med.training.trainer import Stopped, Trainer
 
@@ -77,6 +77,7 @@ def fit(task: Task, config: TrainingConfig, run_dir: Path, tracker: Record, resu
                 progress.line(trainer.describe(metrics))
                 keeper.after_epoch(stop, is_best)
                 tracker.flush()
+                give_back_memory()
         folder = keeper.selected(config.select)
         model, at = trainer.model, trainer.position
         load_model_weights(model, load_model_state(folder)[0], folder)

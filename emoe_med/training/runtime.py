@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import resource
@@ -9,7 +10,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import numpy as np
@@ -117,6 +118,15 @@ class StopSignal:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         else:
             self.code = EXIT_SIGTERM
+
+
+def give_back_memory() -> None:
+    """Give freed memory back to the system, where the C library can.
+
+    glibc keeps what epoch after epoch leaves between live blocks: a run of the 4 mm net grew by 5 to 15 MiB an epoch.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

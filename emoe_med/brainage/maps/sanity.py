@@ -122,13 +122,10 @@ def _explained(count: np.ndarray, number: np.ndarray) -> float:
 def occlusion_agreement(routes: Routes, grid: CellGrid, seed: int = 0) -> dict[str, Any]:
     """Return Spearman's rho over cells of the contribution and occlusion maps, its interval over heads, its null."""
     inside = routes.coverage() >= COVERED
-    change = np.abs(routes.contribution).sum(-1)[:, inside]
-    hidden = np.abs(routes.occlusion)[:, inside]
+    measures = [values[:, inside] for values in routes.influence().values()]
     rng = np.random.default_rng(seed)
-    own, other = change.mean(0), hidden.mean(0)
-    drawn = [
-        _rho(*(part[rng.integers(len(part), size=len(part))].mean(0) for part in (change, hidden))) for _ in range(200)
-    ]
+    own, other = (values.std(0) for values in measures)
+    drawn = [_rho(*(v[rng.integers(len(v), size=len(v))].std(0) for v in measures)) for _ in range(200)]
     centres = grid.centres_mm[inside]
     turned = rotations(centres, np.ones(len(centres), bool), 1000, rng)
     null = [_rho(own, other[index]) for index in turned]

@@ -41,14 +41,15 @@ QUANTITIES: dict[tuple[str, bool], dict[str, Any]] = {
         "label": "Contribution of the layer",
         "unit": "years",
         "digits": 3,
-        "note": "Mean size of that change, whichever expert serves the cell.",
+        "note": "How much that change differs between heads (standard deviation), whichever expert serves the cell: "
+        "what is added to all heads alike tells no age.",
     },
     ("occlusion", False): {
         "label": "Occlusion",
         "unit": "years",
         "digits": 3,
-        "note": "Mean size of the change of the predicted age when the cell is painted grey in the scan: a check that "
-        "asks no expert.",
+        "note": "How much the change of the predicted age differs between heads (standard deviation) when the cell is "
+        "painted grey in the scan: a check that asks no expert.",
     },
     ("entropy", False): {
         "label": "Entropy",

@@ -21,7 +21,7 @@ from emoe_med.brainage.maps.observe import VIEW, Observed, observe
 from emoe_med.brainage.maps.parcels import ParcelCounts, Parcels
 from emoe_med.brainage.maps.regions import COVERED, RegionStatistics
 from emoe_med.brainage.maps.routes import joined
-from emoe_med.brainage.maps.stability import RunMap, match_experts, reference_run, stability
+from emoe_med.brainage.maps.stability import RunMap, match_experts, reference_run, reliability, stability
 from emoe_med.brainage.maps.verdicts import sanity
 from emoe_med.brainage.maps.write import group_maps, write_json, write_maps, write_parcels, write_tables
 from emoe_med.data.manifest import Manifest
@@ -208,13 +208,16 @@ def _share(total: int, parts: int) -> list[int]:
 def _run_map(run: Path, observed: Observed) -> RunMap:
     seed, _, fold = run.name.removeprefix("seed").partition("-fold")
     routes = observed.routes
+    inside = routes.coverage() >= COVERED
+    halves = [routes.occupancy(range(start, len(routes), 2))[inside] for start in (0, 1)]
     return RunMap(
         run.name,
         int(seed) if seed.isdigit() else 0,
         int(fold) if fold.isdigit() else 0,
         routes.occupancy(),
         routes.routed.sum(0),
-        routes.coverage() >= COVERED,
+        inside,
+        reliability(*halves) if len(routes) > 1 else float("nan"),
     )
 
 

@@ -74,18 +74,10 @@ class RegionStatistics:
         """Return one row per parcel: how many years hang on it, and who serves it."""
         routes = self.routes
         columns: dict[str, np.ndarray] = {}
-        change = np.abs(routes.contribution).sum(-1, keepdims=True)
-        for name, maps, heads in (
-            ("contribution", change, routes.contribution_of),
-            ("occlusion", np.abs(routes.occlusion)[..., None], routes.occlusion_of),
+        for (name, values), heads in zip(
+            routes.influence().items(), (routes.contribution_of, routes.occlusion_of), strict=True
         ):
-            values = self._means(maps, heads)
-            by_person = self._persons(values, routes.age, heads)[0][..., 0]
-            brain = np.mean([self._brain_mean(m, h) for m, h in zip(maps, heads, strict=True)]) if len(heads) else 1
-            null = self._null(maps, heads, self._turned)[..., 0]
-            p = upper_p(_mean(values)[:, 0], null)
-            columns |= _with_interval(name, by_person)
-            columns |= {f"{name}_ratio": _mean(by_person) / brain, f"{name}_p": p, f"{name}_q": fdr(p)}
+            columns |= self._spread(name, values, heads) if len(heads) else {}
         occupancy = _mean(self._occupancy)
         top = np.nan_to_num(occupancy).argmax(1)
         entropy = stats.entropy(np.nan_to_num(occupancy) + 1e-12, axis=1) / np.log(routes.num_experts)
@@ -149,8 +141,6 @@ class RegionStatistics:
             moved = shuffles(routed, self.draws, rng) if index is None else index
             found = parcel_means(self.weights[head], values, routed, moved)
             total, number = total + np.nan_to_num(found), number + np.isfinite(found)
-        if not len(heads):
-            return np.full((self.draws, len(self.labels), 1), np.nan)
         return np.where(number > 0, total / np.maximum(number, 1), np.nan)
 
     def _enrichment_p(self, served: list[np.ndarray], occupancy: np.ndarray) -> list[np.ndarray]:
@@ -165,9 +155,34 @@ class RegionStatistics:
         whole = sum(cell_voxels * b @ s for b, s in zip(self.routes.brain, served, strict=True))
         return inside / np.maximum(whole, 1e-12)
 
-    def _brain_mean(self, values: np.ndarray, head: int) -> float:
-        weight = self.routes.brain[head] * self.routes.routed[head]
-        return float(weight @ values[:, 0] / max(weight.sum(), 1e-12))
+    def _spread(self, name: str, values: np.ndarray, heads: np.ndarray) -> dict[str, np.ndarray]:
+        """Standard deviation over heads of their years [n, C], as means over parcels, against turned parcels.
+
+        What a cell adds to all heads alike tells no age; what differs between heads does.
+        """
+        weights = sparse.csr_array(sum(self.weights[head] for head in heads))
+        brain = self.routes.brain[heads].mean(0) * self.inside
+
+        def over_parcels(maps: np.ndarray, index: np.ndarray) -> np.ndarray:
+            return parcel_means(weights, maps, self.inside, index)
+
+        same = np.arange(values.shape[1])[None]
+        spread = values.std(0)
+        drawn = []
+        for counts in DEFAULT_BOOTSTRAP.counts(self.routes.person[heads]):
+            share = counts / counts.sum(1, keepdims=True)
+            drawn.append(np.sqrt(np.maximum(share @ values.astype(float) ** 2 - (share @ values) ** 2, 0)))
+        found = over_parcels(spread[:, None], same)[0, :, 0]
+        low, high = np.quantile(over_parcels(np.concatenate(drawn).T, same)[0], [0.025, 0.975], axis=1)
+        p = upper_p(found, over_parcels(spread[:, None], self._turned)[..., 0])
+        return {
+            name: found,
+            f"{name}_low": low,
+            f"{name}_high": high,
+            f"{name}_ratio": found / max(float(brain @ spread / max(brain.sum(), 1e-12)), 1e-12),
+            f"{name}_p": p,
+            f"{name}_q": fdr(p),
+        }
 
     def _laterality(self) -> np.ndarray:
         """(L - R) / (L + R) of the mean occupancy left and right, of the parcel with its mirror image, [P, E]."""

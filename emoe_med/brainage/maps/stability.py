@@ -27,6 +27,7 @@ class RunMap:
         occupancy: [C, E].
         routed: [C], heads in which each cell was routed.
         inside: [C] bool, cells of the group's brain.
+        reliability: Correlation with the map of as many other heads that the same run would give, see `reliability`.
     """
 
     name: str
@@ -35,6 +36,17 @@ class RunMap:
     occupancy: np.ndarray
     routed: np.ndarray
     inside: np.ndarray
+    reliability: float = float("nan")
+
+
+def reliability(half: np.ndarray, other: np.ndarray) -> float:
+    """Return how well a run's map agrees with itself, from the maps [C, E] of two halves of its heads.
+
+    The mean correlation of the experts, stepped up to all heads (Spearman and Brown 1910): what number of heads alone
+    lets two runs agree at most.
+    """
+    r = float(np.diag(_correlation(half, other)).mean())
+    return 2 * r / (1 + r) if r > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,7 @@ def stability(runs: Sequence[RunMap], centres_mm: np.ndarray, seed: int = 0) -> 
     return {
         **_verdict(found["matched_r"], baselines),
         "threshold": THRESHOLD,
+        "reliability": _mean_of([run.reliability for run in runs]),
         "runs": names,
         **found,
         "by_kind": {
@@ -140,6 +153,11 @@ def stability(runs: Sequence[RunMap], centres_mm: np.ndarray, seed: int = 0) -> 
             for (a, b), match in matches.items()
         ],
     }
+
+
+def _mean_of(values: list[float]) -> float | None:
+    known = [value for value in values if np.isfinite(value)]
+    return float(np.mean(known)) if known else None
 
 
 def _kind(a: RunMap, b: RunMap) -> str:

@@ -88,10 +88,11 @@ def group_maps(routes: Routes) -> list[Map]:
         ]
         if signed is not None:
             maps.append(Map("contribution", signed[:, e], "years", "diverging", e))
-    if signed is not None:
-        maps.append(Map("contribution", np.abs(routes.contribution).sum(-1).mean(0) * inside, "years"))
-    if len(routes.occlusion):
-        maps.append(Map("occlusion", np.abs(routes.occlusion).mean(0) * inside, "years"))
+    maps += [
+        Map(name, values.std(0) * inside, "years, SD over heads")
+        for name, values in routes.influence().items()
+        if len(values)
+    ]
     clear = margin(occupancy)
     top = np.where(inside & (clear >= MIN_MARGIN), occupancy.argmax(1) + 1, 0)
     return [

@@ -19,10 +19,10 @@ const COLUMNS = {
     { key: "top_expert", label: "Top", expert: true, title: "expert that serves the parcel most, and its occupancy" },
     { key: "top_occupancy", label: "its share", digits: 2 },
     { key: "entropy", label: "Entropy", digits: 2, title: "0: one expert serves it; 1: all share it evenly" },
-    { key: "contribution", label: "Years", digits: 3, title: "mean size of the layer's contribution to the predicted age, with its 95 % interval" },
+    { key: "contribution", label: "Years", digits: 3, title: "years by which the layer's contribution differs between heads, with its 95 % interval" },
     { key: "contribution_ratio", label: "Of mean", digits: 1, before: "×", title: "the same, over that of the whole brain" },
     { key: "contribution_q", label: "q", digits: 3, title: "chance of such a ratio when parcels are turned about, corrected" },
-    { key: "occlusion", label: "Occlusion", digits: 3, title: "change when the parcel's cells are painted grey, years" },
+    { key: "occlusion", label: "Occlusion", digits: 3, title: "the same when the parcel's cells are painted grey, years" },
     { key: "covered", label: "Covered", digits: 0, percent: true, title: "share of the parcel that lies in routed cells" },
   ],
 };

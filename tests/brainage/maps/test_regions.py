@@ -67,10 +67,11 @@ def test_contribution_is_the_mean_over_the_parcel():
     assert signed[(1, "E00")] == pytest.approx((1 - 1) / 2)
     assert signed[(1, "E01")] == 0
     row = tables.parcels().set_index("parcel").loc[1]
-    assert row["contribution"] == pytest.approx((7 / 5 + 1) / 2)
-    brain = (7 / 1200 + 5 / 1200) / 2
-    assert row["contribution_ratio"] == pytest.approx(row["contribution"] / brain)
+    # between two heads the SD is half of the difference: [1, 2, 3, 0, -1] and -1
+    assert row["contribution"] == pytest.approx((2 + 3 + 4 + 1 + 0) / 2 / 5)
+    assert row["contribution_ratio"] == pytest.approx(row["contribution"] / (5 / 1200))
     assert row["contribution_p"] < 0.05  # all of it is here
+    assert 0 <= row["contribution_low"] <= row["contribution"] <= row["contribution_high"] + 1e-9
 
 
 def test_a_region_of_its_own_is_found_and_chance_is_not():

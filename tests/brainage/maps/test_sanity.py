@@ -79,7 +79,7 @@ def test_a_random_router_is_within_its_own_interval():
 
 def test_agreement_is_spearmans_and_has_a_null():
     rng = np.random.default_rng(0)
-    change = rng.random((6, 1200)).astype(np.float32) + np.linspace(0, 3, 1200)
+    change = rng.random((6, 1200)).astype(np.float32) * np.linspace(0.1, 3, 1200)
     expert = np.zeros((6, 1200, 1), np.int16)
     routes = Routes.of(
         expert,
@@ -87,7 +87,7 @@ def test_agreement_is_spearmans_and_has_a_null():
         2,
         contribution=np.stack([change, 0 * change], -1),
         contribution_of=np.arange(6),
-        occlusion=change**2,
+        occlusion=1 - 2 * change,
         occlusion_of=np.arange(6),
     )
     found = occlusion_agreement(routes, GRID)

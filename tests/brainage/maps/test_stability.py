@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from emoe_med.brainage.maps.stability import UNSTABLE, RunMap, match_experts, reference_run, stability
+from emoe_med.brainage.maps.stability import UNSTABLE, RunMap, match_experts, reference_run, reliability, stability
 
 CENTRES = np.stack(np.meshgrid(*[np.arange(7.0) * 16] * 3, indexing="ij")).reshape(3, -1).T
 
@@ -94,3 +94,14 @@ def test_one_seed_tests_nothing():
 def test_the_reference_is_the_run_that_most_others_look_like():
     runs = [run_map(0, 0, smooth_map(5)), run_map(1, 0, smooth_map(0)), run_map(2, 0, smooth_map(0)[:, ::-1])]
     assert reference_run(runs) in (1, 2)
+
+
+def test_reliability_is_spearman_and_browns():
+    """Halves of many heads: what is stepped up from them is the correlation of two full sets."""
+    rng = np.random.default_rng(0)
+    truth = smooth_map(0)
+    halves = [truth + rng.normal(0, 0.6, truth.shape) for _ in range(4)]
+    full = [(halves[0] + halves[1]) / 2, (halves[2] + halves[3]) / 2]
+    expected = np.mean([np.corrcoef(full[0][:, e], full[1][:, e])[0, 1] for e in range(4)])
+    assert reliability(halves[0], halves[1]) == pytest.approx(expected, abs=0.06)
+    assert reliability(truth, -truth) == 0

@@ -169,7 +169,7 @@ def prepare_head(image: Path, mask: Path | None, preparation: Preparation) -> Pr
         "brain_ml": _volume_ml(inside, head.affine),
         "similarity": found.similarity,
         **dict(zip(("scale_x", "scale_y", "scale_z"), np.linalg.norm(found.matrix[:3, :3], axis=0), strict=True)),
-        "cut_share": _cut_share(inside),
+        "cut_share": cut_share(head.voxels, inside),
         "clipped_share": float((flat[inside] > 1.75 * mean).mean()),
         "field_range": _field_range(head.voxels, flat, inside),
         "snr": _snr(flat, inside),
@@ -199,9 +199,13 @@ def _tool(package: str) -> str:
 
 def _check_whole(voxels: np.ndarray, inside: np.ndarray) -> None:
     """Refuse a head that was stripped before: another tool's mask would stand in for the one of the contract."""
-    around = (voxels > 0.1 * voxels[inside].mean()) & ~inside
-    if around.sum() < _LEAST_AROUND * inside.sum():
+    if not _has_surroundings(voxels, inside):
         refuse("VOL-STRIPPED", "nothing around the brain", "give the whole head, or its mask and the light path")
+
+
+def _has_surroundings(voxels: np.ndarray, inside: np.ndarray) -> bool:
+    around = (voxels > 0.1 * voxels[inside].mean()) & ~inside
+    return bool(around.sum() >= _LEAST_AROUND * inside.sum())
 
 
 def _given(mask: Path | None, head: Volume) -> np.ndarray:
@@ -220,11 +224,18 @@ def _volume_ml(mask: np.ndarray, affine: np.ndarray) -> float:
     return float(mask.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000)
 
 
-def _cut_share(mask: np.ndarray) -> float:
-    """Return the share of the brain that lies on a face of the field of view: above 0 it may be cut."""
-    faces = np.ones(mask.shape, bool)
-    faces[1:-1, 1:-1, 1:-1] = False
-    return float(mask[faces].sum() / mask.sum())
+def cut_share(voxels: np.ndarray, mask: np.ndarray) -> float:
+    """Return the share of the brain that lies on a face of the field of view or beyond: above 0 it may be cut.
+
+    Outer slices of one value are padding, not field of view, unless the head was stripped: there they are air.
+    """
+    inner = np.zeros(mask.shape, bool)
+    seen = [(0, n - 1) for n in mask.shape]
+    if _has_surroundings(voxels, mask):
+        varied = (np.flatnonzero(np.ptp(voxels, axis=tuple({0, 1, 2} - {axis}))) for axis in range(3))
+        seen = [(int(slices[0]), int(slices[-1])) for slices in varied]
+    inner[tuple(slice(first + 1, last) for first, last in seen)] = True
+    return float(mask[~inner].sum() / mask.sum())
 
 
 def _field_range(raw: np.ndarray, flat: np.ndarray, mask: np.ndarray) -> float:

@@ -4,7 +4,7 @@ MANIFEST ?= demo/cohort/manifest.csv
 # uv does not read pip's configuration; hand it the folder of local wheels, where pip has one
 export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS),$(shell $(PY) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: demo test lint faults bench bench-brainage bench-paper-smoke docs-check ui preprocess-extra clean
+.PHONY: demo test lint faults bench bench-brainage bench-paper-smoke docs-check ui preprocess-extra browser clean
 
 demo: .venv/.installed
 	$(BIN)/python -m emoe_med.brainage demo
@@ -41,6 +41,10 @@ ui: .venv/.installed
 preprocess-extra: .venv/.installed
 	$(BIN)/uv pip install -q --python $(BIN)/python -c requirements.lock -r requirements-preprocess.lock \
 	  || $(BIN)/python -m pip install -q -c requirements.lock -r requirements-preprocess.lock
+
+# what the test of the map viewer looks through (Debian's package, asks for root); without a browser it is skipped
+browser:
+	command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; }
 
 clean:
 	rm -rf .venv demo runs

@@ -39,9 +39,15 @@ class Fault:
 
 
 class EmoeError(Exception):
-    """Base of all errors that a user can cause. Carries one or more faults and an exit code."""
+    """Base of all errors that a user can cause. Carries one or more faults and an exit code.
+
+    Attributes:
+        told: Another rank of this job says it; this one ends in silence.
+        own: This rank met it among others; without it, rank 0 speaks for all.
+    """
 
     exit_code = EXIT_USAGE
+    told = own = False
 
     def __init__(self, *faults: Fault) -> None:
         self.faults: Sequence[Fault] = faults

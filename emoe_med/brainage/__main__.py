@@ -10,9 +10,10 @@ import typer
 
 from emoe_med.brainage.export_cli import export, selftest
 from emoe_med.brainage.manifest_cli import manifest_app
+from emoe_med.brainage.maps_cli import maps
 from emoe_med.brainage.preprocess_cli import preprocess
 from emoe_med.errors import ConfigError, Fault
-from emoe_med.training.cli import say, verb
+from emoe_med.training.cli import first_rank, say, verb
 
 app = typer.Typer(
     add_completion=False,
@@ -24,6 +25,7 @@ app.add_typer(manifest_app, name="manifest")
 app.command()(preprocess)
 app.command()(export)
 app.command()(selftest)
+app.command()(maps)
 
 PAGES = ("check.csv", "check.html", "scans.html")  # what `check` writes
 CONFIGS = Path(__file__).parent.parent.parent / "configs" / "brainage"
@@ -72,7 +74,7 @@ def train(
     from emoe_med.data.manifest import read_manifest
 
     table = read_manifest(manifest, data_root)
-    for note in table.notes:
+    for note in table.notes if first_rank() else ():
         typer.echo(f"note: {note}", err=True)
     run_dirs = verbs.train(run, table, out, folds, cache or out / "cache", resume, jobs)
     _show_runs(run_dirs, out, as_json)
@@ -89,6 +91,7 @@ def _folds(text: str, count: int) -> list[int]:
 
 def _show_runs(run_dirs: list[Path], out: Path, as_json: bool) -> None:
     from emoe_med.training.arm import headline
+    from emoe_med.training.ui import map_links
 
     metrics = {str(run_dir): json.loads((run_dir / "metrics.json").read_text()) for run_dir in run_dirs}
     if as_json:
@@ -100,6 +103,8 @@ def _show_runs(run_dirs: list[Path], out: Path, as_json: bool) -> None:
         say(f"{run}: MAE {_estimate(test['mae'])}, in years; guessing the training median: {guess}")
     say(f"report: {run_dirs[-1] / 'report' / 'report.html'}")
     say(f"tracking: python -m emoe_med.brainage ui --out {out}")
+    for line in map_links(out, run_dirs):
+        say(line)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from emoe_med.brainage.metrics import MIN_PERSONS
 from emoe_med.brainage.strata import decades, first_sessions, named
 from emoe_med.config import BrainAgeConfig
 from emoe_med.data.brain import ChainOptions
-from emoe_med.data.cache import HeadDataset, Reading
+from emoe_med.data.cache import HeadDataset
 from emoe_med.data.manifest import Manifest
+from emoe_med.data.readings import Reading
 from emoe_med.data.scan import person_key
 from emoe_med.data.splits import assign_splits
 from emoe_med.errors import DataError, Fault
+from emoe_med.training.ranks import ALONE, Machine
 
 
 @dataclass(frozen=True)
@@ -131,19 +133,25 @@ def prepare_cohort(
     cache_dir: Path,
     jobs: int = 0,
     progress: Callable[[Collection], Iterator] = iter,
+    machine: Machine = ALONE,
 ) -> Cohort:
-    """Read, check and cache every scan before anything is learned from any.
+    """Read, check and cache every scan before anything is learned from any; several ranks share the work.
 
     Raises:
         DataError: All scans that cannot be used, each with row, file and reason; or one image in two rows.
     """
-    heads = HeadDataset(manifest.scans, options, cache_dir)
-    readings = heads.build(jobs, progress)
-    name = manifest.path.name
-    faults = [replace(reading.fault, manifest=name) for reading in readings if reading.fault]
-    faults += _repeated_images(manifest, readings)
-    if faults:
-        raise DataError(*sorted(faults, key=lambda fault: fault.row or 0))
+    count, name = len(manifest.scans), manifest.path.name
+    with machine.together():
+        heads = HeadDataset(manifest.scans, options, cache_dir)
+        mine = heads.build(jobs, progress, range(machine.rank, count, machine.world_size))
+    parts = machine.gather([asdict(reading) for reading in mine]) if machine.world_size > 1 else []
+    readings = [Reading.of(parts[row % len(parts)][row // len(parts)]) for row in range(count)] if parts else mine
+    heads.digests.recall()  # what the others found
+    with machine.together():
+        faults = [replace(reading.fault, manifest=name) for reading in readings if reading.fault]
+        faults += _repeated_images(manifest, readings)
+        if faults:
+            raise DataError(*sorted(faults, key=lambda fault: fault.row or 0))
     return Cohort(manifest, heads, readings)
 
 

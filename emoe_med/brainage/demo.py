@@ -15,6 +15,7 @@ from emoe_med.data.cohort import write_cohort
 from emoe_med.data.manifest import read_manifest
 from emoe_med.errors import ConfigError, Fault, PartialError
 from emoe_med.training.progress import counted
+from emoe_med.training.ui import map_links
 
 PERSONS, SEED = 72, 7
 MARKER = ".emoe_med-demo"
@@ -52,6 +53,7 @@ def run_demo(out: Path, configs: Path, jobs: int = 0) -> Iterator[str]:
         yield verdict
         surprises += [] if is_expected else [Fault("DEMO-MAE", verdict)]
         yield f"  report: {run / 'report' / 'report.html'}"
+        yield from map_links(runs, [run])
     yield from _comparison(runs)
     yield f"look at the runs in MLflow: python -m emoe_med.brainage ui --out {runs}"
     if surprises:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,15 @@ def _write(predictor: Predictor, run_dir: Path, folder: Path) -> None:
     write_synced(folder / CARD, model_card(predictor, metrics, trained, here).encode())
     write_synced(folder / METADATA, _json(_metadata(predictor, metrics, here)))
     write_synced(folder / INFERENCE, _json(_inference()))
-    licence = importlib.metadata.distribution("emoe-med").read_text("licenses/LICENSE")
-    write_synced(folder / LICENCE, (licence or "Apache-2.0\n").encode())
+    write_synced(folder / LICENCE, _licence())
+
+
+def _licence() -> bytes:
+    """Return this package's licence, from its installation or its source tree."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        if text := importlib.metadata.distribution("emoe-med").read_text("licenses/LICENSE"):
+            return text.encode()
+    return (Path(__file__).parents[2] / "LICENSE").read_bytes()
 
 
 def _json(content: dict[str, Any]) -> bytes:

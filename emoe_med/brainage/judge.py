@@ -9,9 +9,10 @@ from pathlib import Path
 from emoe_med.brainage.check import Check
 from emoe_med.brainage.inference import TrainedModel
 from emoe_med.brainage.prepared import prepared_like
-from emoe_med.data.cache import HeadDataset, Reading
+from emoe_med.data.cache import HeadDataset
 from emoe_med.data.contract import told
 from emoe_med.data.fingerprint import MEASURES
+from emoe_med.data.readings import Reading
 from emoe_med.errors import DataError, Fault
 from emoe_med.training.progress import counted
 

@@ -61,13 +61,13 @@ def prepared_like(
     work = partial(process, out=out, preparation=preparation)
     tasks = [(scan, names[row]) for row, scan in raw.items()]
     outcomes = {outcome.row: outcome for outcome in each(work, tasks, jobs, counted("preprocessing scans"))}
-    kept = []
-    for scan in scans:
-        if scan.row in raw and not outcomes[scan.row].faults:
-            files = Outputs(names[scan.row], preparation.spacing_mm)
-            scan = replace(scan, image=out / files.image, mask=out / files.mask, labels=None, sha256=None)
-        if scan.row not in raw or not outcomes[scan.row].faults:
-            kept.append(scan)
+
+    def volume(scan: Scan) -> Scan:
+        files = Outputs(names[scan.row], preparation.spacing_mm)
+        return replace(scan, image=out / files.image, mask=out / files.mask, labels=None, transform=None, sha256=None)
+
+    usable = [scan for scan in scans if scan.row not in raw or not outcomes[scan.row].faults]
+    kept = [volume(scan) if scan.row in raw else scan for scan in usable]
     return kept, [fault for outcome in outcomes.values() for fault in outcome.faults]
 
 

@@ -19,7 +19,7 @@ import pandas as pd
 from emoe_med.brainage.preprocess_files import Outputs, description, finished, input_digests, stems, write_outputs
 from emoe_med.brainage.preprocess_page import page
 from emoe_med.data.brain import ChainOptions
-from emoe_med.data.cache import refuse_misfit
+from emoe_med.data.cache import misfit
 from emoe_med.data.files import replace_file
 from emoe_med.data.manifest import inspect_manifest
 from emoe_med.data.prepare import INSTALL, Preparation, missing_extra, odd, prepare_head, require_extra
@@ -128,7 +128,8 @@ def process(task: tuple[Scan, str], out: Path, preparation: Preparation) -> Outc
     scan, stem = task
     outputs = Outputs(stem, preparation.spacing_mm)
     try:
-        refuse_misfit(scan, ChainOptions())  # what was warped cannot be made native again
+        if (fault := misfit(scan, ChainOptions())) is not None:  # what was warped cannot be made native again
+            raise VolumeError(fault)
         inputs = input_digests(scan, preparation)
         if scan.sha256 not in (None, inputs["image"]):
             raise VolumeError(Fault("VOL-DIGEST", "sha256 differs from the manifest's", str(scan.image)))

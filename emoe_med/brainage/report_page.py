@@ -12,7 +12,7 @@ _PLACES = re.compile(r"(.*_)?(path|paths|root|dir|folder|file|files|manifest|out
 _PLAIN = re.compile(r"(?!.*(sub-|\.(nii|mgz|csv|tsv|json|gz)\b))[\w .,+()%-]{1,80}")
 _PATHLIKE = re.compile(r"\S*([/\\]|sub-|\.(nii|mgz|csv|tsv)\b)")
 
-_SYNTHETIC = (
+SYNTHETIC = (
     "<p class=banner>SYNTHETIC DATA. These heads were drawn, not scanned: the figures show that the software "
     "works, and say nothing about people.</p>"
 )
@@ -59,7 +59,7 @@ footer {{ border-top: 1px solid #e3e8ed; margin-top: 2em; padding-top: .6em; }}
 
 def page(title: str, body: str, *, is_synthetic: bool) -> str:
     """Return the whole page, with a banner where the data are synthetic."""
-    return _PAGE.format(title=title, banner=_SYNTHETIC if is_synthetic else "", body=body)
+    return _PAGE.format(title=title, banner=SYNTHETIC if is_synthetic else "", body=body)
 
 
 def facts(values: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from emoe_med.brainage.first_choices import FirstChoices, missing_heads
 from emoe_med.brainage.net import BrainAgeNet
 from emoe_med.config import BrainAgeConfig
 from emoe_med.data.augment import AugmentOptions, augment, to_model_grid
@@ -19,8 +21,10 @@ from emoe_med.data.memory import Held
 from emoe_med.model_config import GatingConfig
 from emoe_med.models.deep_moe import DeepMoE
 from emoe_med.models.heads import TrainingAges
+from emoe_med.models.output import ModelOutput
 from emoe_med.moe import RoutingStats
 from emoe_med.training.channel_report import ChannelUse
+from emoe_med.training.pictures import Picture
 from emoe_med.training.task import MapDataset
 
 
@@ -56,6 +60,11 @@ class BrainAgeTask:
         self.meta = {**(meta or {}), "training_ages": asdict(self.ages)}
         self.gating: GatingConfig | None = getattr(config.model, "gating", None)
         self.augment = AugmentOptions(**config.augment.model_dump())
+        missing, self._persons = missing_heads(heads.scans, val, train)
+        if self.meta.get("synthetic"):
+            self._persons = math.inf
+        self._missing: MapDataset = Subset(held, missing)
+        self._choices: dict[str, FirstChoices] = {}
 
     def build_model(self) -> BrainAgeNet:
         """Build the network; weights follow from torch's seed."""
@@ -105,10 +114,12 @@ class BrainAgeTask:
     def validate(self, model: BrainAgeNet, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """Return error and routing statistics over the validation scans."""
         errors, stats = [], {}
+        self._choices = {}
         use = ChannelUse(model.net) if isinstance(model.net, DeepMoE) else None
         for batch in batches:
             age, out = model.ages(batch["image"], self.config.evaluation.flip_average)
             errors.append(age.cpu() - batch["age"].cpu())
+            self._count(out)
             for name, routing in out.routing.items():
                 stats.setdefault(name, RoutingStats(routing.probs.shape[1])).update(routing)
             if use is not None:
@@ -129,6 +140,22 @@ class BrainAgeTask:
             metrics[f"router/{place}alpha"] = float(layer.alpha.detach())
             metrics |= {f"router/{place}{key}": value for key, value in layer.router.health().items()}
         return metrics
+
+    def pictures(self, model: BrainAgeNet) -> list[Picture]:
+        """Return where each expert is the first choice, over the validation heads and, where these are few, others."""
+        if not self._persons:
+            return []
+        for index in range(len(self._missing)):
+            image = self._missing[index]["image"][None].to(next(model.parameters()).device)
+            self._count(model(to_model_grid(image.float(), self.config.data.oversample)))
+        drawn = {name: found.draw() for name, found in self._choices.items() if found.shape is not None}
+        return [Picture(f"map/{_place(name, drawn)}top_expert", png, self._persons) for name, png in drawn.items()]
+
+    def _count(self, out: ModelOutput) -> None:
+        for name, mask in out.token_mask.items():
+            routing = out.routing[name]
+            found = self._choices.setdefault(name, FirstChoices(mask.shape[1], routing.probs.shape[1]))
+            found.add(routing.expert_index[:, 0], mask)
 
 
 def _weighted(errors: Tensor, batch: Mapping[str, Any]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,16 @@ import torch
 from emoe_med.brainage.cohort import Cohort, chain_options, prepare_cohort
 from emoe_med.brainage.compare import compare_groups
 from emoe_med.brainage.evaluate import evaluate_run, write_reports
+from emoe_med.brainage.map_record import publish_maps, record_maps
+from emoe_med.brainage.maps.make import maps_after_training
 from emoe_med.brainage.task import BrainAgeTask
+from emoe_med.brainage.viewer import write_viewer
 from emoe_med.config import BrainAgeConfig, dump_run
+from emoe_med.data.brain import ChainOptions
 from emoe_med.data.contract import Spread
 from emoe_med.data.manifest import Manifest
 from emoe_med.data.sidecar import strip_statement
 from emoe_med.data.splits import split_warnings
-from emoe_med.errors import ConfigError, Fault
 from emoe_med.training.arm import (
     check_arm,
     check_folders,
@@ -31,6 +33,7 @@ from emoe_med.training.arm import (
     tracked,
 )
 from emoe_med.training.progress import counted
+from emoe_med.training.ranks import Machine, joined
 from emoe_med.training.run_folder import replace_file
 from emoe_med.training.single_gated import fit_run
 
@@ -62,29 +65,41 @@ def train(
     Raises:
         EmoeError: With the exit code of what went wrong; see docs/reliability.md.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(Fault("RUN-RANKS", "this verb runs in one process; several ranks are not supported yet"))
     group = out / config.name
     run_dirs = [group / f"seed{config.training.seed}-fold{fold}" for fold in folds]
-    check_folders(run_dirs, resume)
-    check_arm(config, group)
+    with joined() as machine:
+        with machine.together():
+            check_folders(run_dirs, resume)
+            check_arm(config, group)
+            chain = _settle_chain(config, manifest)
+        cohort = prepare_cohort(manifest, chain, cache_dir, jobs, counted("reading scans"), machine)
+        with machine.together():
+            cohort.steps()  # one for all, before anything is learned
+            digests = {fold: _digests(config, cohort, fold) for fold in folds}
+            for fold, run_dir in zip(folds, run_dirs, strict=True):
+                check_same(run_dir, digests[fold])
+        with tracked(group, out, config, "brainage", "group", machine=machine):
+            pass  # the parent exists from now on; its children name it
+        for fold, run_dir in zip(folds, run_dirs, strict=True):
+            if not machine.gather(is_done(run_dir))[0]:
+                _train_fold(config, cohort, out, run_dir, fold, digests[fold], resume, synthetic, machine)
+        with machine.together():
+            if machine.first:
+                _summarise(config, out, group)
+                if len(run_dirs) > 1:
+                    done = [run for run in sorted(group.glob("seed*-fold*")) if is_done(run)]
+                    if maps := maps_after_training(group, done, cohort):
+                        publish_maps(maps)
+    return run_dirs
+
+
+def _settle_chain(config: BrainAgeConfig, manifest: Manifest) -> ChainOptions:
     chain = chain_options(config, manifest)
     if chain.mask == "head":
         LOG.warning("note: the whole head is used, centred but not aligned; masks or labels would make it a brain")
     if config.data.spacing_mm < 2 and not torch.cuda.is_available():
         LOG.warning("note: this is a preset for a GPU and there is none; configs/brainage/*_4mm.yaml suit a CPU")
-    cohort = prepare_cohort(manifest, chain, cache_dir, jobs, counted("reading scans"))
-    cohort.steps()  # one for all, before anything is learned
-    digests = {fold: _digests(config, cohort, fold) for fold in folds}
-    for fold, run_dir in zip(folds, run_dirs, strict=True):
-        check_same(run_dir, digests[fold])
-    with tracked(group, out, config, "brainage", "group"):
-        pass  # the parent exists from now on; its children name it
-    for fold, run_dir in zip(folds, run_dirs, strict=True):
-        if not is_done(run_dir):
-            _train_fold(config, cohort, out, run_dir, fold, digests[fold], resume, synthetic)
-    _summarise(config, out, group)
-    return run_dirs
+    return chain
 
 
 def _summarise(config: BrainAgeConfig, out: Path, group: Path) -> None:
@@ -119,6 +134,7 @@ def _train_fold(
     digests: dict[str, str],
     resume: bool,
     synthetic: bool,
+    machine: Machine,
 ) -> None:
     splits, scans = cohort.split(config, fold), cohort.manifest.scans
     for warning in split_warnings(scans, splits):
@@ -142,19 +158,26 @@ def _train_fold(
     }
     task = BrainAgeTask(config, cohort.heads, where["train"], where["val"], digests, meta)
     name = f"{config.name}-seed{config.training.seed}-fold{fold}"
-    with tracked(run_dir, out, config, "brainage", name, parent=run_dir.parent) as tracker:
-        replace_file(run_dir / "config.yaml", dump_run(config).encode())
-        replace_file(run_dir / "splits.csv", splits.to_csv(index=False).encode())
-        tracker.params(flat(config.model_dump(mode="json")))
-        tracker.tags({"arm": config.name, "fold": fold, "seed": config.training.seed, "synthetic": synthetic})
+    with tracked(run_dir, out, config, "brainage", name, parent=run_dir.parent, machine=machine) as tracker:
+        with machine.together():
+            if machine.first:
+                replace_file(run_dir / "config.yaml", dump_run(config).encode())
+                replace_file(run_dir / "splits.csv", splits.to_csv(index=False).encode())
+                tracker.params(flat(config.model_dump(mode="json")))
+                tracker.tags({"arm": config.name, "fold": fold, "seed": config.training.seed, "synthetic": synthetic})
         gated = getattr(config.model, "single_gated", None)
         result = fit_run(task, config.training, gated, run_dir, tracker, resume)
-        metrics = evaluate_run(run_dir, cohort, splits)
-        tracker.metrics(result.step, headline(metrics))
-        page, figures = write_reports(run_dir)
-        tracker.log_artifact(page, "report")
-        tracker.log_artifact(figures, "metrics")
-        LOG.info("fold %d: test MAE %.2f years", fold, metrics["test"]["mae"]["value"])
+        with machine.together():
+            if machine.first:
+                metrics = evaluate_run(run_dir, cohort, splits)
+                tracker.metrics(result.step, headline(metrics))
+                page, figures = write_reports(run_dir)
+                tracker.log_artifact(page, "report")
+                tracker.log_artifact(figures, "metrics")
+                if maps := maps_after_training(run_dir, [run_dir], cohort):
+                    write_viewer(maps)
+                    record_maps(tracker, maps)
+                LOG.info("fold %d: test MAE %.2f years", fold, metrics["test"]["mae"]["value"])
 
 
 def _similarity(cohort: Cohort, indices: list[int]) -> dict[str, float | None]:

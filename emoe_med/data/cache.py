@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.data import Dataset as TorchDataset
 from emoe_med.data.brain import CHAIN_VERSION, ChainOptions, entry_digest, entry_seal, make_chain
 from emoe_med.data.manifest import Scan
 from emoe_med.data.opening import split_member
+from emoe_med.data.readings import KnownReadings, Reading
 from emoe_med.data.sidecar import Sidecar, statement, vouching
 from emoe_med.data.volume import file_digest
 from emoe_med.errors import Fault, VolumeError
@@ -45,15 +46,26 @@ class FileDigests:
                 if len(key) == len(digest) == 64:
                     self.known[key] = digest
 
+    def remembered(self, path: Path) -> str | None:
+        """Return the digest of a file that was read before and has not changed since."""
+        try:
+            return self.known.get(self._stamp(path))
+        except OSError:
+            return None
+
+    @staticmethod
+    def _stamp(path: Path) -> str:
+        file, member = split_member(path)
+        stat = file.stat()
+        text = f"{os.path.abspath(file)}|{member}|{stat.st_size}|{stat.st_mtime_ns}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def of(self, path: Path) -> str:
         """Return the SHA-256 of the bytes of a file or of a member of a zip archive."""
-        file, member = split_member(path)
         try:
-            stat = file.stat()
+            key = self._stamp(path)
         except OSError as error:
             raise VolumeError(Fault("VOL-MISSING", error.strerror or "cannot be read", str(path))) from error
-        stamp = f"{file.resolve() / member}|{stat.st_size}|{stat.st_mtime_ns}"
-        key = hashlib.sha256(stamp.encode()).hexdigest()
         if key not in self.known:
             self.known[key] = file_digest(path)
             with self.memory.open("a") as memory:
@@ -61,22 +73,17 @@ class FileDigests:
         return self.known[key]
 
 
-def refuse_misfit(scan: Scan, options: ChainOptions) -> None:
-    """Refuse a scan that came another way to the template than the chain takes for granted.
-
-    Raises:
-        VolumeError: CON-WARPED, or VOL-TRANSFORM where the manifest gives none.
-    """
+def misfit(scan: Scan, options: ChainOptions) -> Fault | None:
+    """Say why a scan came another way to the template than the chain takes for granted: CON-WARPED, VOL-TRANSFORM."""
     if scan.warped and options.align != "warped":
         reason = "image was warped nonlinearly to a template, which takes signs of age away; unwarped heads are wanted"
-        raise VolumeError(Fault("CON-WARPED", reason, hint="take the native image"))
+        return Fault("CON-WARPED", reason, hint="take the native image")
     if options.align == "warped" and not scan.warped:
         reason = "image is not warped nonlinearly to the template, as all scans of this model are"
-        raise VolumeError(Fault("CON-WARPED", reason, hint="see the column `warped` of the manifest"))
+        return Fault("CON-WARPED", reason, hint="see the column `warped` of the manifest")
     if options.align == "given" and scan.transform is None:
-        raise VolumeError(
-            Fault("VOL-TRANSFORM", "no linear transform in the manifest, as all scans of this model have")
-        )
+        return Fault("VOL-TRANSFORM", "no linear transform, as all scans of this model have")
+    return None
 
 
 class HeadDataset(PersistentDataset):
@@ -125,8 +132,7 @@ class HeadDataset(PersistentDataset):
         return sidecar.statement() if sidecar else statement(self.scans[index].image)
 
     def _key(self, item: Mapping[str, str]) -> bytes:
-        digests = [self.digests.of(Path(path)) for path in item.values()]
-        return hashlib.sha256("".join(digests).encode()).hexdigest().encode()
+        return _joined(self.digests.of(Path(path)) for path in item.values()).encode()
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:  # ty: ignore[incompatible-method-override]
         """Return one scan in the model's space."""
@@ -143,7 +149,8 @@ class HeadDataset(PersistentDataset):
         """Return the cache entry of a scan: image, similarity, matrix, fingerprint, digests of both."""
         scan = self.scans[index]
         try:
-            refuse_misfit(scan, self.options)
+            if (fault := misfit(scan, self.options)) is not None:
+                raise VolumeError(fault)
             if scan.sha256 not in (None, self.digests.of(scan.image)):
                 raise VolumeError(Fault("VOL-DIGEST", "sha256 differs from the manifest's", str(scan.image)))
             return self._checked(self.data[index])
@@ -174,28 +181,44 @@ class HeadDataset(PersistentDataset):
         faults = [replace(f, row=scan.row, file=f.file or str(scan.image)) for f in cause.faults]
         return VolumeError(*faults)
 
-    def build(self, jobs: int = 0, progress: Callable[[Collection], Iterator] = iter) -> list[Reading]:
-        """Fill the cache for all scans and tell of each, in their order, whether it can be used.
+    def build(
+        self,
+        jobs: int = 0,
+        progress: Callable[[Collection], Iterator] = iter,
+        indices: Sequence[int] | None = None,
+    ) -> list[Reading]:
+        """Fill the cache for scans and tell of each, in their order, whether it can be used.
+
+        What is in the cache already is told from memory, so that a start does not read every volume; the digest of an
+        entry is checked when it is used.
 
         Args:
             jobs: worker processes; 0 works in this one.
             progress: wraps the finished scans, e.g. for a progress bar.
+            indices: which scans; all of them if not given.
         """
-        attempts = DataLoader(_Readings(self), batch_size=None, num_workers=jobs)
-        readings = [reading for _, reading in zip(progress(range(len(self))), attempts, strict=True)]
+        chosen = range(len(self)) if indices is None else indices
+        known = KnownReadings(self.folder)
+        readings = {index: reading for index in chosen if (reading := known.get(self._known_key(index)))}
+        missing = [index for index in chosen if index not in readings]
+        attempts = DataLoader(_Readings(self), batch_size=None, sampler=missing, num_workers=min(jobs, len(missing)))
+        readings |= {index: reading for index, reading in zip(progress(missing), attempts, strict=True)}
         self.digests.recall()
-        return readings
+        known.add((self._known_key(index), readings[index]) for index in missing)
+        return [readings[index] for index in chosen]
+
+    def _known_key(self, index: int) -> str | None:
+        """Return the key of a scan whose files are as they were and whose entry is there; None for all others."""
+        scan = self.scans[index]
+        digests = [self.digests.remembered(Path(path)) for path in self.data[index].values()]
+        if None in digests or scan.sha256 not in (None, digests[0]) or misfit(scan, self.options):
+            return None
+        key = _joined(filter(None, digests))
+        return key if (self.folder / f"{key}.pt").is_file() else None
 
 
-@dataclass(frozen=True)
-class Reading:
-    """One scan as it was read: why it cannot be used, or its digests and what was measured of it."""
-
-    fault: Fault | None
-    content: str = ""  # of the volume in the model's space: equal for one image under two names
-    voxels: str = ""  # of the image as read, whatever the mask
-    similarity: float = math.nan
-    fingerprint: tuple[float, ...] = ()  # in the order of `MEASURES`
+def _joined(digests: Iterable[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 class _Readings(TorchDataset):

@@ -86,16 +86,31 @@ def affines_differ(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]
     return bool(distance_mm > _FORM_TOLERANCE_MM or cosine < math.cos(math.radians(_FORM_TOLERANCE_DEG)))
 
 
+def _finite_range(voxels: np.ndarray) -> tuple[float, float]:
+    low, high = float(voxels.min()), float(voxels.max())  # NaN and Inf survive both
+    if not math.isfinite(low + high):
+        count = voxels.size - np.count_nonzero(np.isfinite(voxels))
+        refuse("VOL-NONFINITE", f"{count} of {voxels.size} voxels are NaN, infinite or beyond float32")
+    return low, high
+
+
+def judge_map(voxels: np.ndarray) -> tuple[str, ...]:
+    """Return no notes: a map or labels need not look like a head, and may be constant.
+
+    Raises:
+        VolumeError: VOL-NONFINITE.
+    """
+    _finite_range(voxels)
+    return ()
+
+
 def judge_intensity(voxels: np.ndarray) -> tuple[str, ...]:
     """Return notes on the voxels of shape [X, Y, Z]: a head that fills almost nothing or all of the box.
 
     Raises:
         VolumeError: VOL-NONFINITE or VOL-CONST.
     """
-    low, high = float(voxels.min()), float(voxels.max())  # NaN and Inf survive both
-    if not math.isfinite(low + high):
-        count = voxels.size - np.count_nonzero(np.isfinite(voxels))
-        refuse("VOL-NONFINITE", f"{count} of {voxels.size} voxels are NaN, infinite or beyond float32")
+    low, high = _finite_range(voxels)
     if low == high:
         refuse("VOL-CONST", f"all voxels are {low:g}")
     share = np.count_nonzero(voxels > low + 0.1 * (high - low)) / voxels.size

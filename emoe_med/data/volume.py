@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from monai.utils import MetaKeys, SpaceKeys
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
 from emoe_med.data.files import ByteStream, check_name, refuse, replace_file
-from emoe_med.data.limits import DEFAULT_LIMITS, VolumeLimits, affines_differ, judge_intensity
+from emoe_med.data.limits import DEFAULT_LIMITS, VolumeLimits, affines_differ, judge_intensity, judge_map
 from emoe_med.data.mgh import MGH_HEADER_BYTES, MGH_MAGIC, mgh_layout
 from emoe_med.data.nifti import NIFTI_HEADER_BYTES, Layout, nifti_layout
 from emoe_med.data.opening import opened
@@ -54,9 +54,18 @@ def read_volume(path: Path, limits: VolumeLimits = DEFAULT_LIMITS) -> Volume:
         VolumeError: Not there, damaged, too large, not 3-D, non-finite, constant, or without a usable affine.
             Carries one fault with code, reason and path.
     """
+    return _read(path, limits, judge_intensity)
+
+
+def read_map(path: Path, limits: VolumeLimits = DEFAULT_LIMITS) -> Volume:
+    """Read a map or labels as strictly as a head, which they need not look like: they may be constant."""
+    return _read(path, limits, judge_map)
+
+
+def _read(path: Path, limits: VolumeLimits, judge: Callable[[np.ndarray], tuple[str, ...]]) -> Volume:
     with opened(path) as (file, size):
         layout, voxels = _read_voxels(ByteStream(file, size), path.name, limits)
-        notes = (*layout.notes, *judge_intensity(voxels))
+        notes = (*layout.notes, *judge(voxels))
     axes = io_orientation(layout.affine)
     return Volume(
         voxels=np.ascontiguousarray(apply_orientation(voxels, axes)),

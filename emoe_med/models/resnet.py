@@ -6,6 +6,7 @@ have no width of their own inside, and its forward pass cannot be cut. Source: H
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -45,6 +46,18 @@ class ResNetOptions:
     def __post_init__(self) -> None:
         if min(self.width, self.width * self.inner) * WIDTHS[0] < 1:
             raise ValueError(f"width {self.width} and inner {self.inner} leave no channel")
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> ResNetOptions:
+        """Tell the options from weights by name.
+
+        Raises:
+            KeyError: The names are not those of a residual network.
+        """
+        stem, inner = tensors["conv1.weight"], tensors["layer1.0.conv1.weight"]
+        depth = 50 if "layer1.0.conv3.weight" in tensors else 18
+        kind = "imagenet" if stem.shape[2] == 7 else "cifar"
+        return cls(depth, stem.shape[1], kind, len(stem) / WIDTHS[0], len(inner) / len(stem))
 
 
 class ResNet(nn.Module):

@@ -68,6 +68,16 @@ class SFCN(nn.Module):
         """Return the edge, in input voxels, of one voxel of the map after `block` (counted from 1)."""
         return self.options.stem * 2 ** min(block, self.options.pooled)
 
+    def receptive_field(self, block: int) -> int:
+        """Return the edge, in input voxels, of what one voxel of the map after `block` (counted from 1) can see."""
+        seen = jump = self.options.stem
+        for number in range(block):
+            seen += 2 * jump
+            if number < self.options.pooled:
+                seen += jump
+                jump *= 2
+        return seen
+
     def routed_layers(self) -> dict[str, MoELayer]:
         """Return the routed layer by the name that `ModelOutput.routing` uses."""
         return {} if self.moe is None else {f"block{self.moe_after}": self.moe}
@@ -87,8 +97,8 @@ class SFCN(nn.Module):
         x = self.until(image, stages)
         aux_loss, routing, token_mask = x.new_zeros(()), {}, {}
         if self.moe is not None:
-            mask = self._token_mask(image, x.shape[2:])
-            x, routed = self._route(self.moe, x, mask)
+            mask = self.token_mask(image, x.shape[2:])
+            x, routed = self.route(self.moe, x, mask)
             name = f"block{stages}"
             routing[name], token_mask[name] = routed, mask
             aux_loss = aux_loss + routed.aux_loss
@@ -126,12 +136,14 @@ class SFCN(nn.Module):
             copy.blocks[number] = nn.Identity()
         return copy
 
-    def _token_mask(self, image: Tensor, shape: Sequence[int]) -> Tensor:
+    def token_mask(self, image: Tensor, shape: Sequence[int]) -> Tensor:
+        """Tell which cells of a map of ``shape`` hold enough of the head to be routed, [B, T] bool."""
         share = F.adaptive_avg_pool3d((image != 0).to(image.dtype), tuple(shape))  # ty: ignore[invalid-argument-type]
         return share.flatten(1) >= self.MIN_BRAIN_SHARE
 
     @staticmethod
-    def _route(moe: MoELayer, x: Tensor, mask: Tensor) -> tuple[Tensor, Routing]:
+    def route(moe: MoELayer, x: Tensor, mask: Tensor) -> tuple[Tensor, Routing]:
+        """Run the routed layer on a map [B, C, X, Y, Z]; returns its map and the routing of the cells in `mask`."""
         grid = x.shape[2:]
         context = _tokens(_local_mean(x, mask)) if moe.router.needs_context else None
         tokens, routed = moe(_tokens(x), mask, context)

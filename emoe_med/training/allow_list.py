@@ -33,6 +33,14 @@ TAGS = frozenset(
     }
 )
 FOLDERS = frozenset({"expert_maps", "report", "config", "metrics", "tables", "figures"})
+MAPS = "expert_maps"
+MAPS_OF_THINGS = frozenset({"expert_class.html", "expert_class.csv", "mean.png"})  # no person is behind these
+MIN_PERSONS = 20  # behind such a map: one of fewer shows the heads themselves
+MAP_FILE = re.compile(
+    r"(maps|stability|sanity|dataset_description)\.json|(regions|parcels)\.csv|dseg\.tsv|montage\.png|viewer\.html|"
+    r"space-[A-Za-z0-9]+(_layer-[a-z]+\d{0,2})?(_label-E\d{2,3})?(_seg-(?!\w*\d{5})[A-Za-z0-9]+)?(_desc-[a-z]+)?"
+    r"_(T1w|probseg|statmap|dseg)\.(nii\.gz|json|tsv)"
+)
 # configuration keys that hold places or names, whatever their value looks like
 _PLACES = re.compile(r"(.*_)?(path|paths|root|dir|folder|file|files|manifest|out|output|uri|host|user|id|name)")
 
@@ -77,6 +85,26 @@ def labels(values: Mapping[str, object], words: Collection[str]) -> tuple[dict[s
         else:
             refused.append(name)
     return kept, refused
+
+
+def may_leave(folder: str, name: str, persons: float) -> bool:
+    """Tell whether a file may leave as an artifact.
+
+    Args:
+        folder: Of the artifact.
+        name: Of the file.
+        persons: Behind it, for the maps of a group; drawn heads count as infinitely many.
+    """
+    if folder not in FOLDERS or FILE.fullmatch(name) is None:
+        return False
+    if folder != MAPS or name in MAPS_OF_THINGS:
+        return True
+    return persons >= MIN_PERSONS and MAP_FILE.fullmatch(name) is not None
+
+
+def picture_may_leave(key: str, persons: float) -> bool:
+    """Tell whether a picture of a group of heads may leave under a key, which is made like a metric's name."""
+    return METRIC.fullmatch(key) is not None and persons >= MIN_PERSONS
 
 
 def _plain(value: object, words: Collection[str]) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from emoe_med.config import Section, TrackingConfig, TrainingConfig, dump_run, read_run
 from emoe_med.errors import CheckpointError, ConfigError, DataError, Fault
 from emoe_med.training.journal import read_journal
+from emoe_med.training.ranks import ALONE, Machine
 from emoe_med.training.tracking import Tracker
 
 PARENT_WAIT_S = 60  # runs of one arm that start together take turns at their parent's folder
@@ -109,9 +110,18 @@ def check_alike(runs: Iterable[tuple[Hashable, Path]]) -> None:
 
 @contextmanager
 def tracked(
-    run_dir: Path, out: Path, config: RunConfig, experiment: str, run_name: str, parent: Path | None = None
+    run_dir: Path,
+    out: Path,
+    config: RunConfig,
+    experiment: str,
+    run_name: str,
+    parent: Path | None = None,
+    machine: Machine = ALONE,
 ) -> Generator[Tracker]:
-    """Own a run folder and its record; the parent's folder is waited for, as runs of an arm may start together."""
+    """Own a run folder and its record; the parent's folder is waited for, as runs of an arm may start together.
+
+    All ranks of `machine` enter and leave together, and rank 0 owns.
+    """
     tracker = Tracker(
         run_dir,
         out=out,
@@ -122,21 +132,27 @@ def tracked(
         allow_remote=config.tracking.allow_remote,
         words=words(config),
     )
-    deadline = time.monotonic() + PARENT_WAIT_S
-    while True:
-        try:
-            tracker.__enter__()
-            break
-        except ConfigError as error:
-            if parent is not None or error.faults[0].code != "RUN-LOCKED" or time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
+    with machine.together():
+        _enter(tracker, wait_s=PARENT_WAIT_S if parent is None else 0)
     try:
         yield tracker
     except BaseException as error:
         tracker.__exit__(type(error), error, error.__traceback__)
         raise
-    tracker.__exit__(None, None, None)
+    with machine.together():
+        tracker.__exit__(None, None, None)
+
+
+def _enter(tracker: Tracker, wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            tracker.__enter__()
+            return
+        except ConfigError as error:
+            if error.faults[0].code != "RUN-LOCKED" or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.2)
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, float]:

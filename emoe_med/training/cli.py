@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -19,7 +20,7 @@ def verb(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-        logging.getLogger("emoe_med").setLevel(logging.INFO)
+        logging.getLogger("emoe_med").setLevel(logging.INFO if first_rank() else logging.ERROR)
         try:
             command(*args, **kwargs)
         except EmoeError as error:
@@ -35,11 +36,18 @@ def verb(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _end(error: EmoeError) -> NoReturn:
-    for fault in error.faults:
-        typer.echo(str(fault), err=True)
+    if not error.told and (error.own or first_rank()):
+        for fault in error.faults:
+            typer.echo(str(fault), err=True)
     raise typer.Exit(error.exit_code) from None
 
 
 def say(text: str) -> None:
-    """Print a line of the result to stdout."""
-    typer.echo(text)
+    """Print a line of the result to stdout; under `torchrun`, one rank speaks."""
+    if first_rank():
+        typer.echo(text)
+
+
+def first_rank() -> bool:
+    """Whether this process speaks: it is alone, or the first of those that `torchrun` started."""
+    return os.environ.get("RANK", "0") == "0"

@@ -32,8 +32,8 @@ def augmentation_keys(seed: int, epoch: int, rows: Tensor) -> Tensor:
 class ResumableSampler(Sampler[list[int]]):
     """Yield batches of indices from the cursor on; the order of an epoch follows from (seed, epoch).
 
-    One batch of all ranks together is a contiguous piece of the epoch's order, so that the samples of a step
-    do not depend on how many ranks share it. Samples that do not fill a last whole step are left out of the
+    One batch of all ranks together is a contiguous piece of the epoch's order, so that a step of several ranks is
+    that of one process that accumulates their batches. Samples that do not fill a last whole step are left out of the
     epoch. The caller moves `cursor` when a batch was trained on; batches that workers fetched ahead do not
     count.
     """
@@ -69,7 +69,7 @@ class ResumableSampler(Sampler[list[int]]):
         joint = self.batch_size * self.world_size
         for batch in range(self.cursor, len(self)):
             piece = order[batch * joint : (batch + 1) * joint]
-            yield piece[self.rank :: self.world_size]
+            yield piece[self.rank * self.batch_size :][: self.batch_size]
 
 
 def make_loader(

@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import tempfile
 import threading
 import time
 import uuid
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emoe_med.training import store
+from emoe_med.training import pictures, store
 from emoe_med.training.journal import read_journal
 from emoe_med.training.run_folder import replace_file
 
@@ -213,9 +214,17 @@ def _send_events(target: MlflowStore, run_dir: Path, record: Mapping[str, Any], 
             target.tags(run_id, event["values"])
         case "status":
             target.status(run_id, event["status"], event["time"])
+        case "artifact" | "image" if not (run_dir / event["file"]).is_file():
+            LOG.warning("%s %s is gone and was not sent", event["kind"], event["file"])
         case "artifact":
-            path = run_dir / event["file"]
-            if path.is_file():
-                target.artifact(run_id, record["artifact_uri"], path, event["folder"])
-            else:
-                LOG.warning("artifact %s is gone and was not sent", event["file"])
+            target.artifact(run_id, record["artifact_uri"], run_dir / event["file"], event["folder"])
+        case "image":
+            _send_picture(target, run_dir, record, event)
+
+
+def _send_picture(target: MlflowStore, run_dir: Path, record: Mapping[str, Any], event: Mapping[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        known = (event["key"], event["step"], record["key"], record["created"])
+        for path in pictures.picture_files(run_dir / event["file"], *known, Path(folder)):
+            target.artifact(record["run_id"], record["artifact_uri"], path, pictures.FOLDER)
+    target.tags(record["run_id"], pictures.TAG)

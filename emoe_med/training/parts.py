@@ -13,6 +13,7 @@ from torch.utils.data import Subset
 from emoe_med.models.output import ModelOutput
 from emoe_med.models.single_gated import ClusterGate
 from emoe_med.moe import MoELayer, load_statistics
+from emoe_med.training.pictures import Picture
 from emoe_med.training.task import Batch, MapDataset, Record, Task
 
 
@@ -137,6 +138,9 @@ class PhaseRecord:
         """Record metrics of an optimiser step of the phase."""
         parts = {name: name.partition("/") for name in values}
         self.record.metrics(step, {f"{parts[n][0]}/{self.phase}/{parts[n][2]}": value for n, value in values.items()})
+
+    def picture(self, step: int, picture: Picture) -> None:
+        """Record nothing: phases draw no pictures."""
 
     def note(self, kind: str, **fields: Any) -> None:
         """Record an event of the phase."""

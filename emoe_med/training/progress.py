@@ -8,6 +8,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
+from emoe_med.training.cli import first_rank
+
 
 class EpochProgress:
     """Show the steps of the running epoch and a line for each finished one, on stderr.
@@ -45,7 +47,7 @@ def counted(text: str) -> Callable[[Collection], Iterator]:
     """
 
     def wrap(items: Collection) -> Iterator:
-        console = Console(stderr=True)
+        console = Console(stderr=True, quiet=not first_rank())
         if not console.is_terminal:
             console.print(f"{text}: {len(items)}")
         yield from track(

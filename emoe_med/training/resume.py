@@ -40,23 +40,31 @@ class Keeper:
             ConfigError: The folder holds a run, and it is not to be resumed.
             CheckpointError: Damaged, or of another configuration, manifest or number of ranks.
         """
-        checkpoint = self.checkpoints.load("last") if resume else None
+        checkpoint = None
+        with self.machine.together():
+            checkpoint = self.checkpoints.load("last") if resume else None
         taken = self.tracker.begun or self.checkpoints.find("last") is not None
         if not resume and self.machine.any(taken)[0]:
             hint = "resume it, or choose another folder"
-            raise ConfigError(Fault("RUN-EXISTS", "this folder holds a run", file=str(self.run_dir), hint=hint))
-        if checkpoint is not None:
-            self._restore(checkpoint)
-        if self.machine.first:
-            best = self.trainer.position.best
-            last = None if checkpoint is None else checkpoint.folder
-            try:
-                self.checkpoints.tidy(last, None if best is None else best["step"])
-            except OSError as error:
-                raise storage_error(error, self.checkpoints.path, "checkpoints could not be tidied") from error
-            facts = {"seed": self.trainer.config.seed, "precision": self.trainer.config.precision}
-            write_environment(self.run_dir, self.machine.device, {**facts, **self._digests()})
+            error = ConfigError(Fault("RUN-EXISTS", "this folder holds a run", file=str(self.run_dir), hint=hint))
+            self.machine.agree(error)
+        with self.machine.together():
+            if checkpoint is not None:
+                self._restore(checkpoint)
+            if self.machine.first:
+                self._set_right(checkpoint)
         self.tracker.note("start", step=self.trainer.position.step)
+
+    def _set_right(self, checkpoint: Checkpoint | None) -> None:
+        """Leave the folder with the checkpoints that count and the facts of the run."""
+        best = self.trainer.position.best
+        last = None if checkpoint is None else checkpoint.folder
+        try:
+            self.checkpoints.tidy(last, None if best is None else best["step"])
+        except OSError as error:
+            raise storage_error(error, self.checkpoints.path, "checkpoints could not be tidied") from error
+        facts = {"seed": self.trainer.config.seed, "precision": self.trainer.config.precision}
+        write_environment(self.run_dir, self.machine.device, {**facts, **self._digests()})
 
     def after_step(self, stop: runtime.StopSignal) -> None:
         """Save if it is time; save and end if a signal came to any rank.
@@ -100,7 +108,9 @@ class Keeper:
         self.machine.wait()  # for the rank that writes
         signal = "SIGTERM" if code == EXIT_SIGTERM else "SIGINT"
         reason = f"stopped by {signal} after step {self.trainer.position.step}; the state was saved"
-        raise Interrupted(code, Fault("RUN-STOPPED", reason, file=str(self.run_dir), hint="resume to go on"))
+        error = Interrupted(code, Fault("RUN-STOPPED", reason, file=str(self.run_dir), hint="resume to go on"))
+        self.machine.agree(error)
+        raise error
 
     def selected(self, which: Which) -> Path:
         """Return the checkpoint folder to use; the last one where no validation was ever a number."""
@@ -126,17 +136,22 @@ class Keeper:
             "digests": self._digests(),
             "meta": getattr(trainer.task, "meta", {}),
         }
-        if self.machine.first:
-            tensors = optim.optimizer_tensors(trainer.optimizer, trainer.model)
-            if trainer.average is not None:
-                tensors |= {f"{name}/{ONLINE}": value for name, value in trainer.model.state_dict().items()}
-            self.tracker.sync_to_disk()  # no checkpoint may know more than the journal
-            folder = self.checkpoints.save(trainer.served.state_dict(), tensors, state, is_best)
-            self.tracker.note("checkpoint", folder=folder.name)
+        with self.machine.together():
+            if self.machine.first:
+                self._write(state, is_best)
         self._saved_at = time.monotonic()
         if self._longest_step_s + self._saved_at - start > GRACE_S and not self._too_slow:
             self._too_slow = True
             LOG.warning("a step and a save take more than %d s, which a cluster may not wait", GRACE_S)
+
+    def _write(self, state: dict[str, Any], is_best: bool) -> None:
+        trainer = self.trainer
+        tensors = optim.optimizer_tensors(trainer.optimizer, trainer.model)
+        if trainer.average is not None:
+            tensors |= {f"{name}/{ONLINE}": value for name, value in trainer.model.state_dict().items()}
+        self.tracker.sync_to_disk()  # no checkpoint may know more than the journal
+        folder = self.checkpoints.save(trainer.served.state_dict(), tensors, state, is_best)
+        self.tracker.note("checkpoint", folder=folder.name)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Put a checkpoint back; everything is compared before anything is changed."""

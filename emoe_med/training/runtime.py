@@ -1,8 +1,7 @@
-"""The machine that a run is on: device, ranks, seeds, random state, signals, and what to say when memory ends."""
+"""What a run needs of its process: flags, seeds, random state, signals, and what to say when memory ends."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import resource
@@ -11,61 +10,14 @@ import threading
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from emoe_med.errors import EXIT_SIGINT, EXIT_SIGTERM, Fault, OutOfMemoryError
 from emoe_med.training.loader import derived_seed
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Device and place among the ranks; its sums are over all ranks, and free in a single process."""
-
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def first(self) -> bool:
-        """Whether this rank writes files."""
-        return self.rank == 0
-
-    def total(self, values: Tensor) -> Tensor:
-        """Sum values [...] over the ranks."""
-        values = values.detach().double()
-        if self.world_size > 1:
-            values = values.to(self.device)
-            dist.all_reduce(values)
-        return values.cpu()
-
-    def any(self, *flags: bool | int) -> list[bool]:
-        """Tell for each flag whether it is set on any rank, so that all ranks do the same."""
-        return [count > 0 for count in self.total(torch.tensor([float(flag) for flag in flags])).tolist()]
-
-    def gather(self, value: Any) -> list[Any]:
-        """Collect one JSON-able value of each rank, in the order of ranks."""
-        if self.world_size == 1:
-            return [value]
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device))
-        longest = max(int(size) for size in sizes)
-        padded = torch.nn.functional.pad(data, (0, longest - data.numel()))
-        parts = [torch.zeros_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(parts, padded)
-        pairs = zip(parts, sizes, strict=True)
-        return [json.loads(bytes(part[: int(size)].tolist())) for part, size in pairs]
-
-    def wait(self) -> None:
-        """Wait for all ranks."""
-        if self.world_size > 1:
-            dist.barrier()
+from emoe_med.training.ranks import Machine, joined
 
 
 @contextmanager
@@ -95,33 +47,13 @@ def prepared(*, seed: int, deterministic: bool, threads: int | None) -> Generato
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        with _ranks() as machine:
+        with joined() as machine:
             seed_everything(seed)
             yield machine
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.set_num_threads(before[1])
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
-
-
-@contextmanager
-def _ranks() -> Generator[Machine]:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    if world_size == 1:
-        yield Machine(device)
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Machine(device, dist.get_rank(), world_size)
-        dist.barrier()  # a rank that leaves first makes the others abort; after an error nobody may wait
-    finally:
-        dist.destroy_process_group()
 
 
 def seed_everything(seed: int) -> None:

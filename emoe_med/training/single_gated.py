@@ -30,8 +30,9 @@ from emoe_med.training.checkpoint import CheckpointFolder, load_model_state, loa
 from emoe_med.training.loader import derived_seed, make_loader, read_batches
 from emoe_med.training.loop import FitResult, fit
 from emoe_med.training.parts import ExpertOnBase, GateOnBase, GateTask, PartTask, PhaseRecord
+from emoe_med.training.ranks import Machine, joined
 from emoe_med.training.run_folder import write_environment
-from emoe_med.training.runtime import Machine, StopSignal, prepared
+from emoe_med.training.runtime import StopSignal, prepared
 from emoe_med.training.task import MapDataset, Record, Task
 from emoe_med.training.trainer import Position
 
@@ -71,6 +72,10 @@ def fit_run(
     """Train in one go, or a single-gated mixture in phases; arguments, result and errors are those of `loop.fit`."""
     if options is None:
         return fit(task, config, run_dir, tracker, resume)
+    with joined() as machine, machine.together():
+        if machine.world_size > 1:
+            reason = "a single-gated mixture trains in one process: its experts are small and wait for nobody"
+            raise ConfigError(Fault("RUN-RANKS", reason, hint="run it without torchrun"))
     folder = CheckpointFolder(run_dir).find("last") if resume else None
     if folder is None:
         folder = _Phases(task, config, options, run_dir, tracker).train(resume)
@@ -99,17 +104,16 @@ class _Phases:
     def train(self, resume: bool) -> Path:
         """Train what is not trained yet, put the whole together, and return its checkpoint."""
         task, options, count = self.task, self.options, self.options.num_experts
+        if len(task.train_data) < count:
+            reason = f"{count} experts need as many training samples; there are {len(task.train_data)}"
+            raise ConfigError(Fault("CFG-EXPERTS", reason, hint="lower single_gated.num_experts"))
         with self._machine() as machine:
             facts = {"seed": self.config.seed, "precision": self.config.precision, "world_size": machine.world_size}
             write_environment(self.run_dir, machine.device, {**facts, **task.digests})
         base = self._fit("base", task.plain(), resume, epochs=options.base_epochs(self.config.epochs))
         network = task.inside(base.model).requires_grad_(False)
         digests = {**task.digests, "base": _digest(base)}
-
         features, held_out = self._features(network, task.train_data), self._features(network, task.val_data)
-        if len(features) < count:
-            reason = f"{count} experts need as many training samples; there are {len(features)}"
-            raise ConfigError(Fault("CFG-EXPERTS", reason, hint="lower single_gated.num_experts"))
 
         def gate_on_base() -> nn.Module:
             return GateOnBase(network, ClusterGate.fit(features.numpy(), count, self.config.seed))

@@ -7,6 +7,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from emoe_med.training.pictures import Picture
+
 Batch = dict[str, Any]
 
 
@@ -34,6 +36,10 @@ class Record(Protocol):
         """Record metrics of an optimiser step."""
         ...
 
+    def picture(self, step: int, picture: Picture) -> None:
+        """Keep and record a picture of an optimiser step."""
+        ...
+
     def note(self, kind: str, **fields: Any) -> None:
         """Record an event."""
         ...
@@ -53,7 +59,9 @@ class Task(Protocol):
     Metric names are those of the record (`val/mae`, `expert/E03/load`); see `allow_list.METRIC`. A task may
     also have `meta`, a JSON-able dict that every checkpoint carries (the preprocessing contract), and
     `begin_epoch(model, epoch)`, called before the steps of each epoch, from 0, and again when one is gone on with:
-    what a model is to do otherwise from some epoch on is a function of the epoch alone.
+    what a model is to do otherwise from some epoch on is a function of the epoch alone. Where it has
+    `pictures(model)`, the pictures that this returns after each validation are recorded; called on every rank,
+    without gradients.
 
     Attributes:
         train_data: Samples to learn from.

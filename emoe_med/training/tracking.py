@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 from emoe_med.errors import ConfigError, Fault, Interrupted, StorageError
 from emoe_med.training import allow_list, outbox, store
 from emoe_med.training.journal import Journal
-from emoe_med.training.run_folder import claim
+from emoe_med.training.pictures import Picture
+from emoe_med.training.run_folder import claim, replace_file
 
 LOG = logging.getLogger("emoe_med")
 PARAMS_PER_CALL = 100  # MLflow's own limit
@@ -129,15 +130,27 @@ class Tracker:
         if self._active:
             self.journal.write(kind, **fields)
 
-    def log_artifact(self, path: Path, folder: str) -> None:
-        """Record a file of the run folder as an artifact `<folder>/<name>`."""
+    def log_artifact(self, path: Path, folder: str, persons: float = 0) -> None:
+        """Record a file of the run folder as an artifact `<folder>/<name>`; a map of a group tells its persons."""
+        self._log_file(path, allow_list.may_leave(folder, path.name, persons), "artifact", folder=folder)
+
+    def picture(self, step: int, picture: Picture) -> None:
+        """Keep a picture in `pictures/` of the run folder, and record it for a slider over steps in MLflow."""
+        if self._active:
+            path = self.run_dir / "pictures" / f"{picture.key.replace('/', '-')}-{step:07d}.png"
+            path.parent.mkdir(exist_ok=True)
+            replace_file(path, picture.png)
+            allowed = allow_list.picture_may_leave(picture.key, picture.persons)
+            self._log_file(path, allowed, "image", key=picture.key, step=step)
+
+    def _log_file(self, path: Path, allowed: bool, kind: str, **fields: Any) -> None:
         if not self._active:
             return
         inside = path.resolve().relative_to(self.run_dir.resolve()).as_posix()
-        if folder not in allow_list.FOLDERS or allow_list.FILE.fullmatch(path.name) is None:
-            self._refuse([f"{folder}/{path.name}"])
+        if allowed:
+            self.journal.write(kind, file=inside, **fields)
         else:
-            self.journal.write("artifact", file=inside, folder=folder)
+            self._refuse([f"{fields.get('folder') or fields['key']}/{path.name}"])
 
     def sync_to_disk(self) -> None:
         """Wait until the disk has the journal."""
@@ -150,12 +163,7 @@ class Tracker:
             self._sender.wake()
 
     def deep_link(self, artifact: str, base: str = "http://127.0.0.1:5000") -> str | None:
-        """Return the address of an artifact in MLflow's pages; None while MLflow does not know the run.
-
-        Args:
-            artifact: Such as `expert_maps/viewer.html`.
-            base: Address that `ui` serves the default store under.
-        """
+        """Return the address of an artifact in MLflow's pages, as `ui` serves them; None while it has no such run."""
         record = outbox.read_record(self.run_dir) if self._active else {}
         if record.get("run_id") is None:
             return None

@@ -21,6 +21,8 @@ from emoe_med.errors import DivergedError, Fault
 from emoe_med.moe import StepSums
 from emoe_med.training import optim, runtime
 from emoe_med.training.loader import ResumableSampler, augmentation_keys, make_loader, read_batches
+from emoe_med.training.pictures import Picture
+from emoe_med.training.ranks import Machine
 from emoe_med.training.task import Batch, Record, Task
 
 LOG = logging.getLogger("emoe_med")
@@ -48,7 +50,7 @@ class Position:
 class Trainer:
     """Hold model, optimiser, moving average and position of a run, and move them."""
 
-    def __init__(self, task: Task, config: TrainingConfig, machine: runtime.Machine, tracker: Record) -> None:
+    def __init__(self, task: Task, config: TrainingConfig, machine: Machine, tracker: Record) -> None:
         self.task, self.config, self.machine, self.tracker = task, config, machine, tracker
         on_cuda, ranks = machine.device.type == "cuda", machine.world_size
         self.sampler = ResumableSampler(
@@ -69,6 +71,7 @@ class Trainer:
         self._ranked: nn.Module = DistributedDataParallel(model) if ranks > 1 else model
         self.position = Position()
         self._shapes = "none yet"
+        self._pictures: list[Picture] = []  # of the last validation
         self._pace = (0.0, 0)  # start of the epoch in this session, samples since
         runtime.seed_rank(config.seed, machine.rank)
 
@@ -112,8 +115,15 @@ class Trainer:
         self.sampler.epoch, self.sampler.cursor = self.position.epoch, self.position.batch
         if self.position.batch < len(self.sampler):
             batches = read_batches(self._train_loader)
-            while step := list(islice(batches, self.config.accumulate)):
+            while step := self._read(batches):
                 yield step
+
+    def _read(self, batches: Iterator[Batch]) -> list[Batch]:
+        """Read the micro-batches of one step; where one rank cannot, none goes on."""
+        step: list[Batch] = []
+        with self.machine.together():
+            step = list(islice(batches, self.config.accumulate))
+        return step
 
     def train_step(self, batches: list[Batch]) -> None:
         """Take one optimiser step on micro-batches, or none if loss or gradient is not finite.
@@ -202,7 +212,7 @@ class Trainer:
         if at.left_out > self.config.skip_nonfinite:
             shown = ", ".join(map(str, rows[:20])) + (" ..." if len(rows) > 20 else "")
             reason = f"loss or gradient not finite at {where}, rows {shown}; no update was made"
-            raise DivergedError(Fault("NUM-NONFINITE", reason, hint="local.log has the loss parts"))
+            self.machine.agree(DivergedError(Fault("NUM-NONFINITE", reason, hint="local.log has the loss parts")))
 
     def validate(self, stop: runtime.StopSignal) -> dict[str, float]:
         """Measure the served model; the random state of training is the same after it as before.
@@ -216,7 +226,10 @@ class Trainer:
         try:
             with torch.no_grad(), self._autocast():
                 metrics = self.task.validate(model, self._validation_batches(stop))
-                return {**metrics, **self.task.end_of_epoch(model)}
+                metrics |= self.task.end_of_epoch(model)
+                draw = getattr(self.task, "pictures", None)
+                self._pictures = draw(model) if draw else []
+            return metrics
         finally:
             runtime.set_random_state(before, device)
 
@@ -241,6 +254,8 @@ class Trainer:
         means = {f"train/{part}": total / at.updates for part, total in at.totals.items()}
         values = {**means, **metrics}
         self.tracker.metrics(at.step, {**values, **self._speed()})
+        for picture in self._pictures:
+            self.tracker.picture(at.step, picture)
         at.epoch += 1
         at.batch, at.updates, at.totals = 0, 0, {}
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from emoe_med.errors import ConfigError, Fault
 from emoe_med.training.outbox import read_record
 from emoe_med.training.store import deep_link, serve
 from emoe_med.training.tracking import sync
+
+MAPS_PAGE = "expert_maps/viewer.html"
+PAGES = {MAPS_PAGE: "expert maps", "report/report.html": "report"}  # artifact: title
+ADDRESS = "http://127.0.0.1:{port}"
+PORT = 5000
 
 
 def serve_runs(out: Path, port: int, say: Callable[[str], None]) -> None:
@@ -20,7 +25,7 @@ def serve_runs(out: Path, port: int, say: Callable[[str], None]) -> None:
     Raises:
         ConfigError: No tracked run there, or the server did not start.
     """
-    links = run_links(out, f"http://127.0.0.1:{port}")
+    links = run_links(out, ADDRESS.format(port=port))
     if not links:
         raise ConfigError(Fault("UI-NONE", "no tracked run in this folder", str(out), hint="train one first"))
     with serve(out, port) as address:
@@ -35,22 +40,33 @@ def serve_runs(out: Path, port: int, say: Callable[[str], None]) -> None:
 
 
 def run_links(out: Path, address: str) -> dict[str, str]:
-    """Return the page of each evaluated run below `out`, by the run's folder: its report, or else its figures.
+    """Return the pages of the runs below `out`, by the run's folder and what the page shows.
 
-    Runs of a pipeline lie one folder deeper.
+    An arm, the parent of its runs, has a page where maps of all its runs were made.
     """
     links = {}
-    for metrics in sorted([*out.glob("*/*/metrics.json"), *out.glob("*/*/*/metrics.json")]):
-        run_dir = metrics.parent
+    for path in sorted(out.glob("**/tracking.json")):
+        run_dir = path.parent
         try:
             record = read_record(run_dir)
         except (OSError, json.JSONDecodeError):
             continue
-        if record.get("run_id"):
-            name = run_dir.relative_to(out).as_posix()
-            page = "report/report.html" if (run_dir / "report" / "report.html").is_file() else "metrics/metrics.json"
-            links[name] = deep_link(address, record["experiment_id"], record["run_id"], page)
+        shown = {artifact: title for artifact, title in PAGES.items() if (run_dir / artifact).is_file()}
+        if "report/report.html" not in shown and (run_dir / "metrics.json").is_file():
+            shown["metrics/metrics.json"] = "figures"
+        for artifact, title in shown.items() if record.get("run_id") else ():
+            name = f"{run_dir.relative_to(out).as_posix()} {title}"
+            links[name] = deep_link(address, record["experiment_id"], record["run_id"], artifact)
     return links
+
+
+def map_links(out: Path, run_dirs: Iterable[Path]) -> Iterator[str]:
+    """Yield a line with the address of the expert maps of each run, and of their arm, that has a page."""
+    owners = {path.relative_to(out).as_posix() for run_dir in run_dirs for path in (run_dir.parent, run_dir)}
+    for name, link in run_links(out, ADDRESS.format(port=PORT)).items():
+        owner, _, title = name.partition(" ")
+        if owner in owners and title == PAGES[MAPS_PAGE]:
+            yield f"{name}, while `ui` runs: {link}"
 
 
 def sync_runs(out: Path, uri: str | None, allow_remote: bool) -> Iterator[str]:

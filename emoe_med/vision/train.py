@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import pandas as pd
 from emoe_med.config import dump_run
 from emoe_med.data.image_layouts import Listing
 from emoe_med.data.images import DATASETS, ImageDataset, list_images, split
-from emoe_med.errors import ConfigError, Fault
 from emoe_med.models.weights import ViTWeights, read_weights
 from emoe_med.training.arm import (
     check_arm,
@@ -26,6 +24,7 @@ from emoe_med.training.arm import (
     is_done,
     tracked,
 )
+from emoe_med.training.ranks import Machine, joined
 from emoe_med.training.run_folder import replace_file
 from emoe_med.training.single_gated import fit_run
 from emoe_med.training.tracking import Tracker
@@ -52,26 +51,28 @@ def train(
     Raises:
         EmoeError: With the exit code of what went wrong; see docs/reliability.md.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(Fault("RUN-RANKS", "this verb runs in one process; several ranks are not supported yet"))
     runs = [_with_seed(config, seed) for seed in seeds or [config.training.seed]]
     group = out / config.name
     run_dirs = [group / f"seed{run.training.seed}" for run in runs]
-    check_folders(run_dirs, resume)
-    check_arm(config, group)
-    listing = list_images(config.data.dataset, root)
-    parts = split(listing.train.labels, config.data.val_share, config.data.train_images, config.data.split_seed)
-    start = None if config.model.weights is None else read_weights(Path(config.model.weights))
-    sources = {"data": listing.digest(), **({} if start is None else {"weights": start.sha256})}
-    for run, run_dir in zip(runs, run_dirs, strict=True):
-        check_same(run_dir, {"config": config_digest(run), **sources})
-    with tracked(group, out, config, "vision", "group"):
-        pass  # the parent exists from now on; its children name it
-    for run, run_dir in zip(runs, run_dirs, strict=True):
-        if not is_done(run_dir):
-            task = _task(run, listing, parts, start, sources)
-            _train_seed(task, listing, parts, out, run_dir, resume)
-    _summarise(config, out, group)
+    with joined() as machine:
+        with machine.together():
+            check_folders(run_dirs, resume)
+            check_arm(config, group)
+            listing = list_images(config.data.dataset, root)
+            parts = split(listing.train.labels, config.data.val_share, config.data.train_images, config.data.split_seed)
+            start = None if config.model.weights is None else read_weights(Path(config.model.weights))
+            sources = {"data": listing.digest(), **({} if start is None else {"weights": start.sha256})}
+            for run, run_dir in zip(runs, run_dirs, strict=True):
+                check_same(run_dir, {"config": config_digest(run), **sources})
+        with tracked(group, out, config, "vision", "group", machine=machine):
+            pass  # the parent exists from now on; its children name it
+        for run, run_dir in zip(runs, run_dirs, strict=True):
+            if not machine.gather(is_done(run_dir))[0]:
+                task = _task(run, listing, parts, start, sources)
+                _train_seed(task, listing, parts, out, run_dir, resume, machine)
+        with machine.together():
+            if machine.first:
+                _summarise(config, out, group)
     return run_dirs
 
 
@@ -103,22 +104,27 @@ def _train_seed(
     out: Path,
     run_dir: Path,
     resume: bool,
+    machine: Machine,
 ) -> None:
     config, data = task.config, task.data
     test = ImageDataset(listing.test, data.size, data.channels)
     name = f"{config.name}-seed{config.training.seed}"
-    with tracked(run_dir, out, config, "vision", name, parent=run_dir.parent) as tracker:
-        replace_file(run_dir / "config.yaml", dump_run(config).encode())
-        replace_file(run_dir / "splits.csv", _splits(len(data), *parts).to_csv(index=False).encode())
-        tracker.params(flat(config.model_dump(mode="json")))
-        tracker.tags({"arm": config.name, "seed": config.training.seed, "dataset": config.data.dataset})
+    with tracked(run_dir, out, config, "vision", name, parent=run_dir.parent, machine=machine) as tracker:
+        with machine.together():
+            if machine.first:
+                replace_file(run_dir / "config.yaml", dump_run(config).encode())
+                replace_file(run_dir / "splits.csv", _splits(len(data), *parts).to_csv(index=False).encode())
+                tracker.params(flat(config.model_dump(mode="json")))
+                tracker.tags({"arm": config.name, "seed": config.training.seed, "dataset": config.data.dataset})
         gated = getattr(config.model, "single_gated", None)
         result = fit_run(task, config.training, gated, run_dir, tracker, resume)
-        metrics = evaluate_run(run_dir, data, test, parts[1])
-        tracker.metrics(result.step, headline(metrics))
-        tracker.log_artifact(run_dir / "metrics.json", "metrics")
-        _record_heatmap(tracker, run_dir, listing)
-        LOG.info("seed %d: test top-1 %.2f %%", config.training.seed, metrics["test"]["top1"]["value"])
+        with machine.together():
+            if machine.first:
+                metrics = evaluate_run(run_dir, data, test, parts[1])
+                tracker.metrics(result.step, headline(metrics))
+                tracker.log_artifact(run_dir / "metrics.json", "metrics")
+                _record_heatmap(tracker, run_dir, listing)
+                LOG.info("seed %d: test top-1 %.2f %%", config.training.seed, metrics["test"]["top1"]["value"])
 
 
 def _record_heatmap(tracker: Tracker, run_dir: Path, listing: Listing) -> None:

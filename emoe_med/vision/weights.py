@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from emoe_med.data.files import replace_file
 from emoe_med.errors import ConfigError, Fault
-from emoe_med.models.weights import check_whole, read_foreign, resized, write_weights
+from emoe_med.models.resnet import ResNet, ResNetOptions
+from emoe_med.models.state import check_tensors
+from emoe_med.models.weights import ViTWeights, check_whole, read_foreign, resized, write_weights
 
 
 def import_file(
@@ -23,16 +27,33 @@ def import_file(
         ConfigError: The image does not divide into the patches.
     """
     weights = read_foreign(source, mean, std)
+    if "layer1.0.conv1.weight" in weights.tensors:
+        what = _resnet(weights, source)
+    else:
+        weights, what = _transformer(weights, source, image_size)
+    replace_file(output, write_weights(weights))
+    return f"{output}: {what}; mean {weights.mean}, std {weights.std}"
+
+
+def _transformer(weights: ViTWeights, source: Path, image_size: int | None) -> tuple[ViTWeights, str]:
     options = check_whole(weights, source)
     if image_size is not None:
         if image_size % options.patch_size:
             reason = f"--image-size {image_size} does not divide into patches of {options.patch_size}"
             raise ConfigError(Fault("CLI-SIZE", reason))
         weights = resized(weights, image_size // options.patch_size, options.prefix)
-    replace_file(output, write_weights(weights))
     classes = len(weights.tensors.get("head.bias", ())) or "no"
     branches = len({name.split(".")[1] for name in weights.tensors if ".moe." in name})
     edge = image_size or options.image_size[0]
     shape = f"width {options.width}, depth {options.depth}, patches of {options.patch_size}, images of {edge}"
-    constants = f"mean {weights.mean}, std {weights.std}"
-    return f"{output}: {shape}, {classes} classes, {branches} routed layers; {constants}"
+    return weights, f"{shape}, {classes} classes, {branches} routed layers"
+
+
+def _resnet(weights: ViTWeights, source: Path) -> str:
+    """Compare every name and shape with the network that the file seems to be of; a head may be missing."""
+    found = weights.tensors
+    options, classes = ResNetOptions.of(found), len(found.get("fc.bias", ()))
+    with torch.device("meta"):
+        own = ResNet(classes or 1, options).state_dict()
+    check_tensors(found, {name: t.shape for name, t in own.items() if classes or not name.startswith("fc.")}, source)
+    return f"ResNet-{options.depth}, width {options.width:g}, inner {options.inner:g}, {classes or 'no'} classes"

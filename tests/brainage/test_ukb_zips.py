@@ -97,7 +97,7 @@ def test_a_zipped_scan_shares_the_cache_with_the_same_scan_unzipped(bulk, tmp_pa
     for reading in cohort.readings:
         assert reading.similarity > 0.7
     np.testing.assert_allclose(cohort.heads.entry(3)["matrix"][:3, 3], (12, -7, 20), atol=1e-4)
-    entries = sorted(path.name for path in cohort.heads.folder.iterdir())
+    entries = sorted(path.name for path in cohort.heads.folder.glob("*.pt"))
     assert len(entries) == 5
     copy = tmp_path / "unzipped"
     shutil.copytree(bulk, copy)
@@ -108,7 +108,7 @@ def test_a_zipped_scan_shares_the_cache_with_the_same_scan_unzipped(bulk, tmp_pa
     _, again = manifest_of(copy, tmp_path / "again.csv")
     assert not any(".zip" in str(scan.image) for scan in again.scans)
     prepare_cohort(again, options, tmp_path / "cache")
-    assert sorted(path.name for path in cohort.heads.folder.iterdir()) == entries
+    assert sorted(path.name for path in cohort.heads.folder.glob("*.pt")) == entries
 
 
 def test_warped_scans_have_a_contract_of_their_own(bulk, tmp_path):

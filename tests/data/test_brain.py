@@ -229,3 +229,38 @@ def test_real_heads_land_on_the_template(tmp_path, real_data):
         dice = 2 * (inside & brain).sum() / (inside.sum() + brain.sum())
         assert dice > 0.9
         assert item["similarity"] > 0.6
+
+
+def test_a_warm_start_reads_no_volume_and_tells_the_same(tmp_path, monkeypatch):
+    scans = [write_scan(tmp_path, name, row) for row, name in enumerate("abc", start=2)]
+    cold = HeadDataset(scans, CENTRED, tmp_path / "cache").build()
+    memory = next((tmp_path / "cache").rglob("readings-*.jsonl"))
+    with memory.open("a") as file:
+        file.write("f" * 64 + ' {"fault": null, "cont')  # cut short by a crash
+    assert str(tmp_path) not in memory.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(HeadDataset, "entry", lambda self, index: pytest.fail("a volume was read"))
+        patch.setattr("emoe_med.data.cache.file_digest", lambda path: pytest.fail("a file was read"))
+        warm = HeadDataset(scans, CENTRED, tmp_path / "cache").build()
+        some = HeadDataset(scans, CENTRED, tmp_path / "cache").build(indices=[2, 0])
+    assert repr(warm) == repr(cold)  # NaN is not equal to itself
+    assert repr(some) == repr([cold[2], cold[0]])
+
+
+def test_memory_is_not_trusted_beyond_what_it_knows(tmp_path):
+    scans = [write_scan(tmp_path, name, row) for row, name in enumerate("ab", start=2)]
+    heads = HeadDataset(scans, CENTRED, tmp_path / "cache")
+    before = heads.build()
+    next(heads.folder.glob("*.pt")).unlink()  # an entry is gone: it is made again
+    write_scan(tmp_path, "b", 3, voxels=2 + ball()[0])  # a scan is another
+    again = HeadDataset(scans, CENTRED, tmp_path / "cache").build()
+    assert len(list(heads.folder.glob("*.pt"))) >= 2
+    assert repr(again[0]) == repr(before[0])
+    assert again[1].voxels != before[1].voxels
+    wrong = replace(scans[0], sha256="0" * 64)  # the manifest wants another file
+    (reading,) = HeadDataset([wrong], CENTRED, tmp_path / "cache").build()
+    assert reading.fault.code == "VOL-DIGEST"
+    (reading,) = HeadDataset([replace(scans[0], warped=True)], CENTRED, tmp_path / "cache").build()
+    assert reading.fault.code == "CON-WARPED"
+    scans[0].image.unlink()
+    assert HeadDataset(scans, CENTRED, tmp_path / "cache").build()[0].fault.code == "VOL-MISSING"

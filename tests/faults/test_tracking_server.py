@@ -60,7 +60,7 @@ def test_the_server_shows_runs_children_and_artifacts_of_a_local_store(tmp_path)
         work(tracker, 20)
         (child / "expert_maps").mkdir()
         (child / "expert_maps" / "viewer.html").write_text("<html>the map</html>")
-        tracker.log_artifact(child / "expert_maps" / "viewer.html", "expert_maps")
+        tracker.log_artifact(child / "expert_maps" / "viewer.html", "expert_maps", persons=20)
     with serve(tmp_path, free_port()) as base:
         record = outbox.read_record(child)
         run = call(base, "runs/get", run_id=record["run_id"])["run"]

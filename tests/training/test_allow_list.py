@@ -122,3 +122,43 @@ def test_file_names_that_leave(name):
 @pytest.mark.parametrize("name", ["sub-01_map.nii.gz", ".hidden", "a/b", "..", "", "a b.png", "ü.png"])
 def test_file_names_that_stay(name):
     assert allow_list.FILE.fullmatch(name) is None
+
+
+MAPS = [
+    *("maps.json", "stability.json", "regions.csv", "viewer.html", "montage.png", "dseg.tsv"),
+    "space-MNI152NLin2009aSym_desc-mean_T1w.nii.gz",
+    "space-MNI152NLin2009aSym_layer-block1_label-E03_desc-contribution_statmap.nii.gz",
+    "space-centred_layer-block2_desc-topexpert_dseg.json",
+    "space-MNI152NLin2009aSym_seg-cerebra2009c_dseg.tsv",
+]
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_of_a_group_leave(name):
+    assert allow_list.may_leave("expert_maps", name, persons=20)
+    assert allow_list.may_leave("expert_maps", name, persons=math.inf)
+    assert not allow_list.may_leave("expert_maps", name, persons=19)
+    assert not allow_list.may_leave("expert_maps", f"sub-01_{name}", persons=20)
+    assert not allow_list.may_leave("elsewhere", name, persons=20)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("IXI002.nii.gz", "E00.png", "notes.txt", "predictions.csv", "viewer.html.bak", "../viewer.html"),
+        "sub-01_space-MNI152NLin2009aSym_desc-gate_probseg.nii.gz",
+        "space-MNI152NLin2009aSym_desc-IXI002_T1w.nii.gz",
+        "space-MNI152NLin2009aSym_layer-block1_label-E1234_desc-gate_probseg.nii.gz",
+        "space-MNI152NLin2009aSym_seg-eid1234567_dseg.nii.gz",
+    ],
+)
+def test_other_files_are_no_maps(name):
+    assert not allow_list.may_leave("expert_maps", name, persons=math.inf)
+
+
+def test_a_report_is_of_no_group_and_a_picture_is():
+    assert allow_list.may_leave("report", "report.html", persons=0)
+    assert allow_list.may_leave("expert_maps", "expert_class.html", persons=0)  # of images of things
+    assert allow_list.picture_may_leave("map/top_expert", persons=20)
+    assert not allow_list.picture_may_leave("map/top_expert", persons=19)
+    assert not allow_list.picture_may_leave("map/sub-01", persons=20)

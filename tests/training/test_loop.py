@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from toy_task import ToyOptions, ToyTask
+from toy_task import Line, ToyOptions, ToyTask
 
 from emoe_med.errors import (
     CheckpointError,
@@ -173,16 +172,6 @@ def test_the_checkpoint_carries_the_task_s_meta_and_digests(tmp_path):
 
 
 # --- options, against references ---
-
-
-class Line(ToyTask):
-    """A linear model without anything random: batches and ranks can be cut as one likes."""
-
-    def build_model(self):
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0))
-
-    def end_of_epoch(self, model):
-        return {}
 
 
 PLAIN = replace(OPTIONS, ema_decay=None, clip_norm=1e9, warmup_share=0.0)

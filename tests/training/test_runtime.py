@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from emoe_med.errors import OutOfMemoryError
+from emoe_med.training.ranks import Machine
 from emoe_med.training.runtime import (
-    Machine,
     StopSignal,
     memory_told,
     prepared,

@@ -1,7 +1,9 @@
 import http.server
+import io
 import json
 import logging
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -12,11 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from small_disk import small_disk
 
 from emoe_med.errors import ConfigError, Interrupted
 from emoe_med.training import outbox, store
 from emoe_med.training.journal import read_journal
+from emoe_med.training.pictures import TAG, Picture, picture_files
 from emoe_med.training.tracking import Tracker, sync
 
 # the library's own deprecation, raised while it maps its tables
@@ -127,18 +131,71 @@ def test_artifacts_keep_their_folders_and_lie_where_the_server_looks(out):
         for folder in ("expert_maps", "report"):
             (run_dir / folder).mkdir()
             (run_dir / folder / "viewer.html").write_text(folder)
-            tracker.log_artifact(run_dir / folder / "viewer.html", folder)
+            tracker.log_artifact(run_dir / folder / "viewer.html", folder, persons=20)
         (run_dir / "predictions.csv").write_text("row,age")
         for path, folder in ((run_dir / "predictions.csv", "predictions"), (run_dir / "sub-01.png", "report")):
             with pytest.raises(ValueError, match="not on the allow-list"):
                 tracker.log_artifact(path, folder)
         with pytest.raises(ValueError, match="is not in the subpath"):
             tracker.log_artifact(out / "mlflow.db", "report")
+    assert run_of(out, run_dir).info.artifact_uri.startswith("mlflow-artifacts:/emoe_med/")
+    assert files_of(out, run_dir) == {"expert_maps/viewer.html": b"expert_maps", "report/viewer.html": b"report"}
+
+
+def files_of(out, run_dir):
     artifact_uri = run_of(out, run_dir).info.artifact_uri
-    assert artifact_uri.startswith("mlflow-artifacts:/emoe_med/")
     root = out / "mlartifacts" / artifact_uri.removeprefix("mlflow-artifacts:/")
-    found = {path.relative_to(root).as_posix(): path.read_text() for path in root.rglob("*") if path.is_file()}
-    assert found == {"expert_maps/viewer.html": "expert_maps", "report/viewer.html": "report"}
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_map_of_few_persons_stays(out, caplog):
+    run_dir = out / "run"
+    with Tracker(run_dir, out=out) as tracker:
+        (run_dir / "expert_maps").mkdir()
+        for name, persons in (("viewer.html", 19), ("maps.json", 20), ("IXI002.nii.gz", 500)):
+            (run_dir / "expert_maps" / name).write_text("map")
+            tracker.log_artifact(run_dir / "expert_maps" / name, "expert_maps", persons)
+    assert list(files_of(out, run_dir)) == ["expert_maps/maps.json"]
+    assert "not on the allow-list: expert_maps/viewer.html" in caplog.text
+
+
+def png_of(colour):
+    content = io.BytesIO()
+    Image.new("RGB", (600, 300), colour).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_pictures_of_epochs_lie_where_the_pages_of_mlflow_look_and_once(out):
+    run_dir = out / "run"
+    with Tracker(run_dir, out=out, strict=True) as tracker:
+        for step in (10, 20, 20):  # a resumed run may draw an epoch again
+            tracker.picture(step, Picture("map/top_expert", png_of((step, 0, 0)), persons=20))
+        with pytest.raises(ValueError, match="not on the allow-list"):
+            tracker.picture(30, Picture("map/top_expert", png_of((30, 0, 0)), persons=19))
+    found = files_of(out, run_dir)
+    names = {re.sub(r"timestamp.\d+.[0-9a-f-]{36}", "<...>", name): name for name in found}
+    steps = [f"images/map~top_expert+step+{step}+<...>" for step in (10, 20)]
+    assert sorted(names) == sorted([f"{step}{end}" for step in steps for end in (".png", "+compressed.webp")])
+    assert found[names[f"{steps[1]}.png"]] == png_of((20, 0, 0))
+    with Image.open(io.BytesIO(found[names[f"{steps[0]}+compressed.webp"]])) as preview:
+        assert preview.size == (256, 128)
+    assert run_of(out, run_dir).data.tags["mlflow.loggedImages"] == "True"
+
+
+def test_pictures_are_named_as_mlflow_names_them(tmp_path):
+    """The pages read step and key off the name: what the client of this very version writes is the reference."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.create_experiment("reference", artifact_location=(tmp_path / "files").as_uri())
+    run_id = client.create_run(experiment).info.run_id
+    picture = Image.new("RGB", (600, 300))
+    client.log_image(run_id, picture, key="map/top_expert", step=7, timestamp=123, synchronous=True)
+    theirs = {re.sub(r"[0-9a-f-]{36}", "<id>", path.name) for path in (tmp_path / "files").rglob("images/*")}
+    picture.save(tmp_path / "mine.png")
+    mine = picture_files(tmp_path / "mine.png", "map/top_expert", 7, "key", 123, tmp_path)
+    assert {re.sub(r"[0-9a-f-]{36}", "<id>", path.name) for path in mine} == theirs
+    assert client.get_run(run_id).data.tags.items() >= TAG.items()
 
 
 def test_the_deep_link_names_experiment_run_and_artifact(out):
@@ -207,7 +264,7 @@ def test_nothing_private_is_in_store_and_record(tmp_path_factory, monkeypatch, c
             tracker.metrics(1, {"val/mae": 1.0, f"val/{canary}-1": 2.0})
             (run_dir / "expert_maps").mkdir()
             (run_dir / "expert_maps" / "viewer.html").write_text("<html>")
-            tracker.log_artifact(run_dir / "expert_maps" / "viewer.html", "expert_maps")
+            tracker.log_artifact(run_dir / "expert_maps" / "viewer.html", "expert_maps", persons=20)
             raise RuntimeError(f"/{canary}/sub-01.nii.gz")
 
     with pytest.raises(RuntimeError):

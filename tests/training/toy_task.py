@@ -140,6 +140,16 @@ class ToyTask:
         return {"expert/E00/load": float(model.experts.weight[0].detach().norm())}
 
 
+class Line(ToyTask):
+    """A linear model without anything random: batches and ranks can be cut as one likes."""
+
+    def build_model(self):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0))
+
+    def end_of_epoch(self, model):
+        return {}
+
+
 def main(folder: Path, *settings: str) -> int:
     given = {name: json.loads(value) for name, value in (setting.split("=") for setting in settings)}
     delay, resume = given.pop("delay", 0.0), given.pop("resume", False)

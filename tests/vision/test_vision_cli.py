@@ -217,8 +217,6 @@ def test_bad_requests_are_one_line_each(tmp_path, monkeypatch):
     ):
         (line,) = errors(run("train", *out, *arguments, code=code))
         assert told in line
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "RUN-RANKS" in run("train", *out, code=2).output
     assert not (tmp_path / "runs").exists()
 
 

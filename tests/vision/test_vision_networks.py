@@ -8,16 +8,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from emoe_med.data.images import ImageDataset, list_images
 from emoe_med.errors import Interrupted
+from emoe_med.models.resnet import ResNet, ResNetOptions
+from emoe_med.models.weights import read_weights
 from emoe_med.training.checkpoint import CheckpointFolder, load_model_state
 from emoe_med.training.loop import fit
 from emoe_med.training.tracking import Tracker
 from emoe_med.vision.__main__ import app
 from emoe_med.vision.config import VisionConfig
 from emoe_med.vision.evaluate import TrainedClassifier
+from emoe_med.vision.net import build_net
 from emoe_med.vision.task import VisionTask
 
 RESNET = """
@@ -58,6 +62,28 @@ def test_its_pooled_features_are_probed(resnet):
     found = json.loads(run("fewshot", "--run", resnet, "--shots", "10", "--draws", "2", "--json").output)
     assert [*found["10"]] == ["mean"]
     assert found["10"]["mean"]["ridge"]["value"] > 50
+
+
+def test_published_weights_are_started_from(tmp_path):
+    torch.manual_seed(9)
+    published = ResNet(7, ResNetOptions(stem="cifar", in_channels=1, width=0.125))
+    save_file(published.state_dict(), tmp_path / "published.safetensors")
+    file, constants = tmp_path / "start.safetensors", ("--mean", "0.3", "--std", "0.4")
+    told = run("import-weights", tmp_path / "published.safetensors", "-o", file, *constants).output
+    assert "ResNet-18, width 0.125, inner 1, 7 classes" in told.replace("\n", " ")
+    start = read_weights(file)
+    config = VisionConfig(
+        name="x",
+        data={"dataset": "digits", "resize": 8},
+        model={"kind": "resnet", "image_size": 8, "stem": "cifar", "width": 0.125, "weights": str(file)},
+        training={"epochs": 1, "lr": 1e-3},
+    )
+    net = build_net(config.model, 1, 10, start)
+    assert torch.equal(net.layer4[1].conv2.weight, published.layer4[1].conv2.weight)
+    assert net.fc.weight.shape == (10, 64)
+    save_file({**published.state_dict(), "conv2.weight": torch.ones(1)}, tmp_path / "other.safetensors")
+    refused = run("import-weights", tmp_path / "other.safetensors", "-o", tmp_path / "no", *constants, code=4).output
+    assert "CKPT-KEY" in refused
 
 
 def test_it_has_no_heat_map(resnet):

@@ -56,7 +56,7 @@ def test_it_learns_digits_and_the_curve_holds_the_run_itself(metrics, trained):
     assert mine["score"] == metrics["test"]["top1"]
     assert 0 < mine["answered_alone"] < 1
     costs, alone = ([point[name] for point in curve] for name in ("macs", "answered_alone"))
-    assert costs == sorted(costs)
+    assert costs[:-1] == sorted(costs[:-1])  # near 1 an unsure gate runs several experts, which costs more than one
     assert alone == sorted(alone, reverse=True)
     cost = metrics["early_exit"]["macs"]
     assert costs[0] == cost["base"] + cost["gate"]
@@ -108,6 +108,5 @@ def test_resume_of_a_finished_run_touches_nothing(trained):
 )
 def test_what_cannot_work_is_refused(tmp_path, assignment, told):
     (tmp_path / "run.yaml").write_text(RUN)
-    short = ("--set", "data.train_images=60", "--set", "training.epochs=4") if "601" in assignment else ()
-    result = run("train", "--config", tmp_path / "run.yaml", "--out", tmp_path, *short, "--set", assignment, code=2)
+    result = run("train", "--config", tmp_path / "run.yaml", "--out", tmp_path, "--set", assignment, code=2)
     assert told in result.output

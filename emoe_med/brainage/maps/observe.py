@@ -1,0 +1,120 @@
+"""Look at heads through one trained network, one after the other, and keep what maps are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from emoe_med.brainage.cohort import Cohort
+from emoe_med.brainage.inference import TrainedModel
+from emoe_med.brainage.maps.background import Background
+from emoe_med.brainage.maps.cells import CellGrid
+from emoe_med.brainage.maps.influence import contributions, occlusions
+from emoe_med.brainage.maps.parcels import ParcelCounts
+from emoe_med.brainage.maps.routes import Routes, route
+from emoe_med.brainage.maps.sanity import follows_mirror, follows_shift, random_router_r
+from emoe_med.data.augment import to_model_grid
+
+VIEW = "one pass of each head as it is (no mirror image, no grid phases), float32"
+
+
+@dataclass
+class Observed:
+    """What one run saw.
+
+    Attributes:
+        routes: Of its heads.
+        shifted, mirrored, random_router: See `verdicts.sanity`.
+    """
+
+    routes: Routes
+    shifted: list[tuple[float, float]] = field(default_factory=list)
+    mirrored: list[float] = field(default_factory=list)
+    random_router: list[float] = field(default_factory=list)
+
+
+def observe(
+    model: TrainedModel,
+    cohort: Cohort,
+    heads: Sequence[int],
+    grid: CellGrid,
+    background: Background,
+    counts: ParcelCounts | None,
+    contribution: int,
+    occlusion: int,
+    checked: int,
+    run: str = "",
+    progress: Callable[[Sequence[int]], Iterator[int]] = iter,
+) -> Observed:
+    """Route heads, measure influence at the cells of some of them, and check the map's sanity on some.
+
+    Args:
+        model: Trained network.
+        cohort: Scans in the model's space.
+        heads: Which of them.
+        grid: Cells of the network.
+        background: Takes the heads.
+        counts: Takes their parcels; None for no parcels.
+        contribution: Heads, evenly spread over ``heads``, whose contribution is measured cell by cell.
+        occlusion: The same of occlusion.
+        checked: Heads to move, mirror and show to untrained routers.
+        run: Name of the run.
+        progress: Wraps the heads, e.g. for a progress bar.
+    """
+    net, device = model.net, next(model.net.parameters()).device
+    wanted = {n: set(_spread(len(heads), k)) for n, k in (("c", contribution), ("o", occlusion), ("s", checked))}
+    rows: dict[str, list[Any]] = {name: [] for name in ("expert", "gate", "brain", "c", "o")}
+    found, images = Observed(Routes.of(np.zeros((0, 1, 1), int), np.zeros((0, 1, 1)), 1)), []
+    for place, head in enumerate(progress(heads)):
+        entry = cohort.heads.entry(head)
+        image = to_model_grid(entry["image"][None].float(), model.config.data.oversample).to(device)
+        image = image.to(memory_format=torch.channels_last_3d)
+        expert, gate = route(net, image)
+        voxels = entry["image"][0].float().numpy()
+        inside = voxels != 0
+        rows["expert"].append(expert)
+        rows["gate"].append(gate)
+        rows["brain"].append((grid.count(inside) / (grid.edge * grid.oversample) ** 3).astype(np.float32))
+        labels = None
+        if counts is not None:
+            labels = counts.add(head, cohort.heads.scans[head], entry["matrix"].numpy(), inside)
+        background.add(voxels, labels)
+        if place in wanted["c"]:
+            rows["c"].append(contributions(net, image))
+        if place in wanted["o"]:
+            rows["o"].append(occlusions(net, image, grid.edge))
+        if place in wanted["s"]:
+            images.append(image)
+            found.shifted.append(follows_shift(net, image, grid, expert))
+            found.mirrored.append(follows_mirror(net, image, grid, expert))
+    if images:
+        found.random_router = random_router_r(net, model.config, images)
+    found.routes = _routes(rows, cohort, heads, wanted, net.routed_layers(), run)
+    return found
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """Choose ``wanted`` of ``count`` places, evenly."""
+    return np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(int)).tolist() if count and wanted else []
+
+
+def _routes(
+    rows: dict[str, list[Any]], cohort: Cohort, heads: Sequence[int], wanted: dict[str, set[int]], layers: Any, run: str
+) -> Routes:
+    (layer,) = layers.values()
+    table = cohort.table()
+    ages = [cohort.heads.scans[head].age for head in heads]
+    known = {
+        "brain": np.stack(rows["brain"]),
+        "age": np.array([np.nan if age is None else age for age in ages]),
+        "person": table["participant_id"].to_numpy()[list(heads)],
+        "run": np.full(len(heads), run),
+    }
+    for name, key in (("contribution", "c"), ("occlusion", "o")):
+        if rows[key]:
+            known |= {name: np.stack(rows[key]), f"{name}_of": np.array(sorted(wanted[key]))}
+    return Routes.of(np.stack(rows["expert"]), np.stack(rows["gate"]), layer.router.num_experts, **known)

@@ -1,0 +1,88 @@
+"""Contribution and occlusion against the whole network run again with the one thing changed."""
+
+import numpy as np
+import pytest
+import torch
+
+from emoe_med.brainage.maps.influence import GREY, contributions, occlusions
+from emoe_med.brainage.maps.routes import route
+from emoe_med.brainage.net import BrainAgeNet
+from emoe_med.config import ModelConfig, MoEConfig
+from emoe_med.models.heads import TrainingAges
+
+
+def routed_net(top_k=1, head="l1"):
+    moe = MoEConfig(after_block=1, num_experts=4, top_k=top_k, router={"kind": "eigen", "rank": 4})
+    model = ModelConfig(channels=(8, 8), pooled=1, neck=8, dropout=0.0, head=head, moe=moe)
+    net = BrainAgeNet(model, TrainingAges.of([20.0, 80.0])).eval()
+    torch.nn.init.normal_(net.net.moe.experts.w2)
+    for parameter in net.net.head.parameters():
+        torch.nn.init.normal_(parameter)
+    return net
+
+
+def head_image():
+    image = torch.randn(1, 1, 8, 8, 8)
+    image[..., :3, :, :] = 0  # air on one side: those cells are not routed
+    return image
+
+
+@pytest.mark.parametrize(("top_k", "head"), [(1, "l1"), (2, "l1"), (1, "soft_label")])
+def test_contribution_is_the_full_forward_with_the_output_replaced(top_k, head):
+    net, image = routed_net(top_k, head), head_image()
+    layer = net.net.moe
+    found = contributions(net, image)
+    expert, _ = route(net, image)
+    assert found.shape == (64, 4)
+    assert (expert[:, 0] < 0).sum() == 16
+    assert (found[expert[:, 0] < 0] == 0).all()
+    with torch.no_grad():
+        intact = float(net.ages(image)[0])
+        for cell in np.flatnonzero(expert[:, 0] >= 0)[::7]:
+            token = int((expert[:cell, 0] >= 0).sum())
+            for slot, chosen in enumerate(expert[cell]):
+                replaced = float(net_with_mean_output(net, layer, image, token, slot))
+                assert found[cell, chosen] == pytest.approx(intact - replaced, abs=2e-4)
+    assert np.abs(found).max() > 0.01
+
+
+def net_with_mean_output(net, layer, image, token, slot):
+    """Run all of the network; one slot of one token gets the mean of all experts' outputs."""
+    experts = layer.experts
+
+    def replaced(tokens, routing, scale, stream):
+        outputs = torch.stack([experts.run(tokens, e) for e in range(experts.num_experts)])
+        out = stream.clone()
+        for k in range(routing.gate.shape[1]):
+            chosen = outputs[routing.expert_index[:, k], torch.arange(len(tokens))]
+            if k == slot:
+                chosen = chosen.clone()
+                chosen[token] = outputs[:, token].mean(0)
+            out = out + scale * routing.gate[:, k : k + 1] * chosen
+        return out
+
+    experts.forward, before = replaced, experts.forward
+    try:
+        return net.ages(image)[0]
+    finally:
+        experts.forward = before
+
+
+def test_occlusion_is_the_head_painted_grey():
+    net, image = routed_net(), head_image()
+    found = occlusions(net, image, 2).reshape(4, 4, 4)
+    assert (found[0] == 0).all()  # air alone
+    with torch.no_grad():
+        intact = float(net.ages(image)[0])
+        for cell in [(1, 2, 3), (3, 0, 1)]:
+            painted = image.clone()
+            block = painted[(0, 0, *(slice(2 * c, 2 * c + 2) for c in cell))]
+            block[block != 0] = GREY  # the air in the cell stays air
+            assert found[cell] == pytest.approx(intact - float(net.ages(painted)[0]), abs=1e-4)
+    assert np.abs(found).max() > 0.01
+
+
+def test_voxels_that_fill_no_cell_are_never_painted():
+    net = routed_net()
+    image = torch.randn(1, 1, 9, 8, 8)
+    assert occlusions(net, image, 2).shape == (64,)

@@ -42,12 +42,10 @@ def run_verbs(commands: Sequence[Command], run_dir: Path) -> int:
     for module, *arguments in commands:
         print(f"$ python -m {module} {' '.join(arguments)}", flush=True)  # noqa: T201
         app = importlib.import_module(f"{module}.__main__").app
-        try:
-            app(arguments, prog_name=f"python -m {module}")
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else EXIT_DONE if end.code is None else 1
-            if code not in (EXIT_DONE, EXIT_PARTIAL):
-                return code
+        # not standalone: a SystemExit then is never the verb's, but that of a cluster which queues the job again
+        code = app(arguments, prog_name=f"python -m {module}", standalone_mode=False) or EXIT_DONE
+        if code not in (EXIT_DONE, EXIT_PARTIAL):
+            return code
     return EXIT_DONE
 
 

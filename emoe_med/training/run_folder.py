@@ -47,12 +47,15 @@ def claim(run_dir: Path) -> Generator[None]:
 
 
 def is_claimed(run_dir: Path) -> bool:
-    """Whether a process of this machine owns the run folder now; looks without touching the lock."""
+    """Whether a process owns the run folder now; looks without touching the lock.
+
+    Of a process of another machine nothing can be known: it counts as alive.
+    """
     try:
         with (run_dir / "run.lock").open(encoding="utf-8") as file:
             owner = _owner(file)
         if owner is None or owner["host"] != socket.gethostname():
-            return False
+            return owner is not None
         os.kill(owner["pid"], 0)
     except PermissionError:
         return True  # somebody else's process

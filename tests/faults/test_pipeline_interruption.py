@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from emoe_med.training.journal import read_journal
+
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +39,7 @@ table:
 
 def start(folder, out):
     command = [sys.executable, "-m", "emoe_med.pipeline", "run", folder / "killed.yaml", "--out", out, "--jobs", "2"]
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
 
 
 def trained(out):
@@ -73,10 +75,36 @@ def test_killed_and_started_again_it_ends_with_the_same_table(tmp_path, number, 
         child.send_signal(number)
         kills += child.wait(120) == (-signal.SIGKILL if number == signal.SIGKILL else 143)
     assert kills >= 1  # a moment that had passed before ends in a whole pipeline
-    last = start(tmp_path, killed)
-    assert last.wait() == 0, last.stderr.read()
+    assert start(tmp_path, killed).wait() == 0
     assert (whole / "killed" / "table.csv").read_bytes() == (killed / "killed" / "table.csv").read_bytes()
     runs = [path.relative_to(whole) for path in whole.glob("*/*/seed*/predictions/test.csv")]
     assert len(runs) == 3
     for run in runs:
         assert (whole / run).read_bytes() == (killed / run).read_bytes()
+
+
+def test_a_preempted_job_of_a_cluster_is_queued_again_and_goes_on(tmp_path):
+    submitit = pytest.importorskip("submitit", reason="submitit is not installed")
+    from functools import partial
+
+    from emoe_med.pipeline.cluster import Submitted
+    from emoe_med.pipeline.work import run_verbs
+
+    (tmp_path / "tiny.yaml").write_text(CONFIG.replace("epochs: 4", "epochs: 60"))
+    run_dir = tmp_path / "runs" / "tiny" / "seed0"
+    train = ("emoe_med.vision", "train", "--config", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "runs"))
+    executor = submitit.AutoExecutor(folder=tmp_path / "jobs", cluster="local")
+    executor.update_parameters(timeout_min=20)
+    job = executor.submit(Submitted(partial(run_verbs, [(*train, "--resume")], run_dir)))
+    journal = run_dir / "journal.jsonl"
+    while not (journal.is_file() and b'"checkpoint"' in journal.read_bytes()):
+        time.sleep(0.01)
+    controller = job.job_id  # of submitit; its child is the job, which a cluster would signal
+    (child,) = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
+    os.kill(int(child), signal.SIGUSR2)
+    assert job.result() == 0
+    events = [event for _, event in read_journal(journal)]
+    starts = [event["step"] for event in events if event["kind"] == "start"]
+    assert len(starts) == 2
+    assert starts[1] > 0  # from its checkpoint
+    assert [event["status"] for event in events if event["kind"] == "status"][-1] == "FINISHED"

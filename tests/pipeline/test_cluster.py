@@ -11,7 +11,8 @@ from emoe_med.pipeline.cluster import Cluster, Submitted
 from emoe_med.pipeline.work import Work, run_verbs
 
 submitit = pytest.importorskip("submitit", reason="submitit is not installed")
-OPTIONS = ["timeout_min=5"]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
+OPTIONS = ["timeout_min=15"]
 
 
 def slow(path: Path, seconds: float = 0) -> partial:

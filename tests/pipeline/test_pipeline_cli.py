@@ -9,6 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+pytestmark = pytest.mark.timeout(1200)  # seconds on a machine of one's own, minutes on a crowded one
+
 ROOT = Path(__file__).parents[2]
 TINY = """
 name: tiny
@@ -40,7 +42,7 @@ table:
 def pipeline(*arguments, code=0):
     command = [sys.executable, "-m", "emoe_med.pipeline", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": ""}
-    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280)
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert found.returncode == code, found.stdout + found.stderr
     return found
 

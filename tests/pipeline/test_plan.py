@@ -172,3 +172,8 @@ def test_commands_are_what_a_person_would_type(tmp_path):
     assert found["digits_emoe"][2][-4:] == ("--shots", "1,5", "--draws", "7")
     elsewhere = Places(pipeline, None, Path("mine.csv"))
     assert elsewhere.scans() == (Path("mine.csv"), None)  # the verb settles the root
+
+
+@pytest.mark.parametrize("path", [path for path in SHIPPED if path.stem.endswith("_smoke")], ids=lambda path: path.stem)
+def test_the_data_of_the_twins_are_at_hand(path, real_data):
+    Places(read_pipeline(path), real_data).check(planned(path))

@@ -1,0 +1,35 @@
+"""Work side by side: exit codes, logs, GPUs in turn, no more at a time than asked for."""
+
+import subprocess
+from functools import partial
+
+from emoe_med.pipeline.pool import THREAD_VARIABLES, Pool
+from emoe_med.pipeline.work import Work
+
+
+def shell(script):
+    return partial(subprocess.call, ["sh", "-c", script])
+
+
+def test_processes_share_gpus_and_end_with_their_codes(tmp_path, monkeypatch):
+    for name in (*THREAD_VARIABLES, "PYTORCH_NVML_BASED_CUDA_CHECK"):
+        monkeypatch.setenv(name, "1")  # the pool sets what is not set, and would leave it behind
+    seen, running = tmp_path / "seen", tmp_path / "running"
+    running.mkdir()
+    script = f"mkdir {running}/$$; ls {running} | wc -l >> {tmp_path}/most; sleep 0.2; rmdir {running}/$$; "
+    works = [
+        Work(
+            f"work{index}", tmp_path / "logs" / f"{index}.log", shell(f"{script} echo $CUDA_VISIBLE_DEVICES >> {seen}")
+        )
+        for index in range(6)
+    ]
+    works.append(Work("fails", tmp_path / "logs" / "fails.log", shell("echo told; exit 5")))
+    works.append(Work("killed", tmp_path / "logs" / "killed.log", shell("kill -9 $PPID")))
+    works.append(Work("raises", tmp_path / "logs" / "raises.log", partial(subprocess.call, ["/no/such/program"])))
+    ended = {}
+    Pool(3, ["7", "8"]).run(works, lambda work, code, seconds: ended.update({work.label: code}))
+    assert ended == {**{f"work{index}": 0 for index in range(6)}, "fails": 5, "killed": 137, "raises": 1}
+    assert set(seen.read_text().split()) == {"7", "8"}
+    assert max(map(int, (tmp_path / "most").read_text().split())) <= 3
+    assert (tmp_path / "logs" / "fails.log").read_text() == "told\n"
+    assert "FileNotFoundError" in (tmp_path / "logs" / "raises.log").read_text()

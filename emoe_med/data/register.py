@@ -149,11 +149,10 @@ def align_affine(voxels: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> Al
 def similarity_of(voxels: np.ndarray, affine: np.ndarray, mask: np.ndarray, matrix: np.ndarray) -> float:
     """Return the similarity that `align_affine` would tell of a map that is known: template -> subject RAS mm [4, 4].
 
-    Raises:
-        VolumeError: As `align_affine` does.
+    Raises VolumeError as that does.
     """
-    head, head_affine = _coarse_brain(voxels, affine, mask)
-    _, score = _ascend(head, head_affine, torch.from_numpy(matrix)[None], _ALIGN_MM, steps=0, learning_rate=0.0)
+    brain = _coarse_brain(voxels, affine, mask)
+    _, score = _ascend(*brain, torch.from_numpy(matrix)[None], _ALIGN_MM, steps=0, learning_rate=0.0)
     return float(score[0])
 
 

@@ -88,8 +88,7 @@ def train(
                 _summarise(config, out, group)
                 if len(run_dirs) > 1:
                     done = [run for run in sorted(group.glob("seed*-fold*")) if is_done(run)]
-                    if maps := maps_after_training(group, done, cohort):
-                        publish_maps(maps)
+                    maps_after_training(group, done, cohort, publish_maps)
     return run_dirs
 
 
@@ -174,9 +173,12 @@ def _train_fold(
                 page, figures = write_reports(run_dir)
                 tracker.log_artifact(page, "report")
                 tracker.log_artifact(figures, "metrics")
-                if maps := maps_after_training(run_dir, [run_dir], cohort):
+
+                def publish(maps: Path) -> None:
                     write_viewer(maps)
                     record_maps(tracker, maps)
+
+                maps_after_training(run_dir, [run_dir], cohort, publish)
                 LOG.info("fold %d: test MAE %.2f years", fold, metrics["test"]["mae"]["value"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,29 +88,26 @@ def make_maps(folder: Path, manifest: Manifest, cache_dir: Path, options: MapOpt
     return write_all(folder, runs, models, cohort, heads, options)
 
 
-def maps_after_training(folder: Path, runs: Sequence[Path], cohort: Cohort) -> Path | None:
+def maps_after_training(folder: Path, runs: Sequence[Path], cohort: Cohort, publish: Callable[[Path], object]) -> None:
     """Make the maps of runs that were just trained, with few heads cell by cell; a failure is told and costs nothing.
 
     Args:
         folder: Run, or arm of the runs.
         runs: Trained on the manifest of ``cohort``.
         cohort: Its scans.
-
-    Returns:
-        Folder of the maps; None where there is nothing to map, or it failed.
+        publish: Takes the folder of the maps, where there is something to map.
     """
     try:
         models = [TrainedModel.load(run) for run in runs]
         layers = models[0].net.routed_layers().values()
         if not any(layer.router.num_experts > 1 for layer in layers):
-            return None
+            return
         heads = [_heads(run, model, cohort, False) for run, model in zip(runs, models, strict=True)]
-        return write_all(folder, runs, models, cohort, heads, QUICK)
+        publish(write_all(folder, runs, models, cohort, heads, QUICK))
     except EmoeError as error:
         LOG.warning("note: no expert maps: %s", error.faults[0].reason)
     except Exception:  # the trained model is worth more than its picture
         LOG.warning("note: no expert maps", exc_info=True)
-    return None
 
 
 def write_all(
@@ -141,6 +138,7 @@ def write_all(
     compared = [_run_map(run, observed) for run, observed in zip(runs, seen, strict=True)]
     found = stability(compared, grid.centres_mm)
     routes = joined([_renamed(observed, compared, number) for number, observed in enumerate(seen)])
+    routes = routes if synthetic else routes.of_many(MIN_PERSONS)
     (layer,) = models[0].net.routed_layers()
     facts: dict[str, Any] = {
         "space": space,
@@ -157,6 +155,7 @@ def write_all(
     index = write_maps(out, maps := group_maps(routes), background, grid, layer, facts)
     checks = sanity(
         routes,
+        [observed.routes for observed in seen],
         grid,
         [pair for observed in seen for pair in observed.shifted],
         [share for observed in seen for share in observed.mirrored],

@@ -99,6 +99,15 @@ class Routes:
         """
         return {"contribution": self.contribution.sum(-1), "occlusion": self.occlusion}
 
+    def of_many(self, persons: int) -> Routes:
+        """Return the same without contribution, or occlusion, that was measured on fewer persons than this."""
+        kept = {}
+        for name in ("contribution", "occlusion"):
+            chosen = getattr(self, f"{name}_of")
+            if len(np.unique(self.person[chosen])) < persons:
+                kept |= {name: getattr(self, name)[:0], f"{name}_of": chosen[:0]}
+        return replace(self, **kept)
+
     def renamed(self, name: np.ndarray) -> Routes:
         """Return the same with expert e called name[e]."""
         known = np.append(name, -1).astype(self.expert.dtype)

@@ -92,7 +92,7 @@ def test_agreement_is_spearmans_and_has_a_null():
     )
     found = occlusion_agreement(routes, GRID)
     assert found["value"] > 0.9
-    assert found["low"] <= found["value"] <= found["high"] + 0.02
+    assert found["high"] - found["low"] < 0.3
     assert found["null_high"] < found["value"]
 
 
@@ -117,7 +117,7 @@ def test_interval_over_heads_is_students():
 def test_dead_experts_and_a_map_of_places_do_not_pass():
     expert = np.tile((np.arange(1200) % 7 > 0).astype(np.int16)[None, :, None], (20, 1, 1))
     routes = Routes.of(expert, np.ones(expert.shape), 3)
-    checks = {c["name"]: c for c in sanity(routes, GRID, [(0.3, 0.9)] * 5, [0.5] * 5, [0.8])["checks"]}
+    checks = {c["name"]: c for c in sanity(routes, [routes], GRID, [(0.3, 0.9)] * 5, [0.5] * 5, [0.8])["checks"]}
     assert [name for name, check in checks.items() if check["passed"] is False] == [
         *("shift", "position_only", "random_router", "experts_alive")
     ]

@@ -134,7 +134,9 @@ def write_all(
     for number, (run, model, some) in enumerate(zip(runs, models, heads, strict=True)):
         parts = [share[number] for share in shares]
         progress = counted(f"heads of {run.name}")
-        seen.append(observe(model, cohort, some, grid, background, counts, *parts, run=run.name, progress=progress))
+        seen.append(
+            observe(model, cohort, some, grid, background, counts, *parts, number / len(runs), run.name, progress)
+        )
     compared = [_run_map(run, observed) for run, observed in zip(runs, seen, strict=True)]
     found = stability(compared, grid.centres_mm)
     routes = joined([_renamed(observed, compared, number) for number, observed in enumerate(seen)])

@@ -47,6 +47,7 @@ def observe(
     contribution: int,
     occlusion: int,
     checked: int,
+    phase: float = 0.0,
     run: str = "",
     progress: Callable[[Sequence[int]], Iterator[int]] = iter,
 ) -> Observed:
@@ -62,11 +63,12 @@ def observe(
         contribution: Heads, evenly spread over ``heads``, whose contribution is measured cell by cell.
         occlusion: The same of occlusion.
         checked: Heads to move, mirror and show to untrained routers.
+        phase: Runs of other phases, 0 to 1, measure other heads of the same.
         run: Name of the run.
         progress: Wraps the heads, e.g. for a progress bar.
     """
     net, device = model.net, next(model.net.parameters()).device
-    wanted = {n: set(_spread(len(heads), k)) for n, k in (("c", contribution), ("o", occlusion), ("s", checked))}
+    wanted = {n: set(_spread(len(heads), k, phase)) for n, k in (("c", contribution), ("o", occlusion), ("s", checked))}
     rows: dict[str, list[Any]] = {name: [] for name in ("expert", "gate", "brain", "c", "o")}
     found, images = Observed(Routes.of(np.zeros((0, 1, 1), int), np.zeros((0, 1, 1)), 1)), []
     for place, head in enumerate(progress(heads)):
@@ -97,9 +99,10 @@ def observe(
     return found
 
 
-def _spread(count: int, wanted: int) -> list[int]:
-    """Choose ``wanted`` of ``count`` places, evenly."""
-    return np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(int)).tolist() if count and wanted else []
+def _spread(count: int, wanted: int, phase: float) -> list[int]:
+    """Choose ``wanted`` of ``count`` places, evenly; another phase in 0 to 1 chooses others."""
+    wanted = min(wanted, count)
+    return np.floor((np.arange(wanted) + phase) * count / max(wanted, 1)).astype(int).tolist()
 
 
 def _routes(

@@ -134,7 +134,7 @@ def occlusion_agreement(routes: Routes, grid: CellGrid, seed: int = 0) -> dict[s
 
 def _interval(value: float, drawn: Sequence[float]) -> dict[str, float]:
     """95 % of the draws, moved to the value: a head drawn twice makes a map look steadier, or noisier, than it is."""
-    low, high = np.quantile(drawn, [0.025, 0.975]) - np.mean(drawn) + value
+    low, high = np.clip(np.quantile(drawn, [0.025, 0.975]) - np.mean(drawn) + value, -1, 1)
     return {"low": float(low), "high": float(high)}
 
 

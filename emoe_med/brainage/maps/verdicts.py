@@ -102,8 +102,8 @@ def _position(shares: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         f"above a random router ({chance:.2f}) and below 0.95",
         found["low"] > chance and value < 0.95,
         f"Within a run the place in the brain explains {value:.0%} of the routing; the rest depends on what a head "
-        f"shows there. A random router reaches {chance:.0%}; at 100 % all heads would have one map, whatever their "
-        "anatomy.",
+        f"shows there. A random router reaches {chance:.0%}; at 100 % all heads would have one map, whatever "
+        "their anatomy.",
         random_router_high=chance,
     )
 

@@ -60,8 +60,8 @@ class FirstChoices:
         self.counts = np.zeros((cells, experts))
         edge = (math.prod(BOX_MM) / cells) ** (1 / 3)
         shape = tuple(round(extent / edge) for extent in BOX_MM)
-        # a layer whose tokens do not fill the model's box with cubes has no cells to show
-        self.shape = shape if math.prod(shape) == cells else None
+        # a layer whose tokens do not fill the model's box with cubes has no cells to show, one expert no choice
+        self.shape = shape if math.prod(shape) == cells and experts > 1 else None
 
     def add(self, expert: Tensor, mask: Tensor) -> None:
         """Count a batch of heads.

@@ -85,3 +85,8 @@ def test_a_training_run_draws_twenty_persons_and_no_fewer(tmp_path):
     colours = {tuple(part) for part in np.asarray(Image.open(io.BytesIO(picture.png))).reshape(-1, 3)}
     assert {ORANGE, SKY} & colours
     assert BrainAgeTask(config, cohort.heads, train[:5], val, {}).pictures(model) == []
+
+
+def test_one_expert_leaves_nothing_to_draw():
+    assert FirstChoices(1200, 2).shape == (10, 12, 10)
+    assert FirstChoices(1200, 1).shape is None

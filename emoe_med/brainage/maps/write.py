@@ -21,8 +21,8 @@ from emoe_med.data.volume import write_volume
 from emoe_med.training.run_folder import replace_file
 
 MIN_MARGIN = 0.1  # of the first over the second expert, for a cell to be given to the first
-# Okabe and Ito 2008, with grey for black: told apart by every kind of colour vision
-_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+# Okabe and Ito 2008, with Tol's indigo for black: told apart by every kind of colour vision, and from a grey brain
+_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#332288")
 TEMPLATES = {
     "MNI152NLin2009aSym": "MNI152 nonlinear 2009a symmetric, as nilearn ships it",
     "centred": "none: heads were centred and not aligned, so a place differs between heads by centimetres",

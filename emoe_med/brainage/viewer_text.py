@@ -77,14 +77,18 @@ def warning(index: Mapping[str, Any]) -> str:
 def facts_html(index: Mapping[str, Any]) -> str:
     """Return whose maps these are, and in which grain."""
     subjects, runs = index["subjects"], index["runs"]
+    measured = [(name, index.get(f"subjects_{name}")) for name in ("contribution", "occlusion")]
+    fewer = ", ".join(f"{name} over {count} of them" for name, count in measured if count)
+    scope = "; intervals are over persons, with these runs as they are" if len(runs) > 1 else ""
     heads = "drawn heads" if index["synthetic"] else "heads"
     seen = "held out of the training of their run" if index["held_out"] else "some of which the run was trained on"
     grain = f"One cell is <b>{index['cell_mm']:g} mm</b> wide"
     if field := index.get("receptive_field_mm"):
         grain += f" and sees about {field:g} mm"
     lines = [
-        f"Mean over <b>{subjects} {heads}</b>, {seen}; {len(runs)} run{'s' if len(runs) > 1 else ''}, layer "
-        f"{escape(str(index['layer']))}, {len(index['experts'])} experts.",
+        f"Mean over <b>{subjects} {heads}</b>, {seen}{' (' + fewer + ')' if fewer else ''}; "
+        f"{len(runs)} run{'s' if len(runs) > 1 else ''}, layer "
+        f"{escape(str(index['layer']))}, {len(index['experts'])} experts{scope}.",
         f"{grain}: finer detail is not in these maps. Space {escape(index['space'])}, millimetres, RAS; left is left.",
     ]
     return (SYNTHETIC if index["synthetic"] else "") + "".join(f"<p>{line}</p>" for line in lines)
@@ -100,7 +104,7 @@ def verdict_html(stability: Mapping[str, Any]) -> str:
         for label, found in (("matched r", stability.get("matched_r")), ("Dice", stability.get("dice")))
         if found
     ]
-    for name, label in (("position_only", "position alone"), ("random_router", "random router")):
+    for name, label in (("position_only", "patches at random places"), ("random_router", "random router")):
         if found := stability.get(name):
             figures.append(f"{label} {number(found['matched_r']['value'])} {interval(found['matched_r'])}")
     told = f"<br><small>Agreement of runs, 1 being the same map: {'; '.join(figures)}.</small>" if figures else ""

@@ -12,7 +12,7 @@ import pandas as pd
 from emoe_med.data.register import box_grid, template
 
 EXPERTS = [f"E{number:02d}" for number in range(8)]
-COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999"]
+COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#332288"]
 SPACE, LAYER, CELL_MM = "MNI152NLin2009aSym", "block1", 16.0
 PLANTED = {"expert": "E03", "place": (40.0, -25.5, -19.5), "parcel": 7, "years": 1.25}  # on the right, RAS mm
 NAMES = ["Occipital", "Cerebellum", "Parietal", "Temporal", "Cortex <left> & more", "Frontal", "Right hippocampus"]

@@ -8,7 +8,9 @@ import nibabel
 import numpy as np
 import pytest
 from map_folder import EXPERTS, LAYER, PLANTED, write_map_folder, write_verdicts
+from matplotlib.colors import to_rgb
 
+from emoe_med.brainage.maps.write import colours
 from emoe_med.brainage.viewer import write_viewer
 from emoe_med.errors import DataError
 
@@ -65,6 +67,23 @@ def test_a_remark_claims_what_the_table_shows_and_no_more(folder):
     assert remarks["E03"] == "E03: enriched ×7.4 in Right hippocampus (q 0.004)"
     assert remarks["E00"] == "E00: enriched in no parcel (q < 0.05)"
     assert list(remarks) == EXPERTS
+
+
+def test_the_page_says_over_how_many_each_measure_is(tmp_path, folder):
+    folder = shutil.copytree(folder, tmp_path / "expert_maps")
+    index = json.loads((folder / "maps.json").read_text())
+    counts = {"subjects": 181, "subjects_contribution": 40, "subjects_occlusion": 20, "runs": ["a", "b"]}
+    (folder / "maps.json").write_text(json.dumps(index | counts))
+    page = write_viewer(folder).read_text()
+    assert "(contribution over 40 of them, occlusion over 20 of them); 2 runs" in page
+    assert "intervals are over persons, with these runs as they are" in page
+
+
+@pytest.mark.parametrize("experts", [2, 8])
+def test_no_expert_has_a_colour_of_the_brain(experts):
+    found = np.array([to_rgb(colour) for colour in colours(experts)])
+    assert len(np.unique(found, axis=0)) == experts
+    assert (np.ptp(found, axis=1) > 0.25).all()  # grey has none
 
 
 def test_nothing_is_loaded_and_nothing_may_be(folder):

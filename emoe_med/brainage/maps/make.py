@@ -164,9 +164,10 @@ def write_all(
         [r for observed in seen for r in observed.random_router],
     )
     if counts is not None:
-        tables = RegionStatistics(routes, counts, grid)
-        names = {int(label): counts.parcels.name_of(int(label)) for label in tables.labels}
+        tables = RegionStatistics(routes, counts, grid, least=1 if synthetic else MIN_PERSONS)
+        names = tables.common()
         volume = background.majority() if counts.parcels.volume is None else counts.parcels.volume
+        volume = np.where(np.isin(volume, list(names)), volume, 0)
         write_parcels(out, index, volume, names, counts.parcels.name, background.affine)
         write_tables(out, tables.regions(), tables.parcels())
     write_json(out, stability=found, sanity=checks)

@@ -29,10 +29,13 @@ class RegionStatistics:
         grid: Cells.
         seed: Of the null maps.
         draws: Null maps of each kind.
+        least: Persons; what fewer have, a parcel or years in it, is left out, for it could show one of them.
     """
 
-    def __init__(self, routes: Routes, counts: ParcelCounts, grid: CellGrid, seed: int = 0, draws: int = DRAWS) -> None:
-        self.routes, self.counts, self.grid, self.draws = routes, counts, grid, draws
+    def __init__(
+        self, routes: Routes, counts: ParcelCounts, grid: CellGrid, seed: int = 0, draws: int = DRAWS, least: int = 1
+    ) -> None:
+        self.routes, self.counts, self.grid, self.draws, self.least = routes, counts, grid, draws, least
         self.labels = counts.labels()
         num_cells = routes.expert.shape[1]
         self.weights = [counts.matrix(head, self.labels, num_cells) for head in range(len(routes))]
@@ -50,6 +53,7 @@ class RegionStatistics:
         slope = age_slope(by_person, age)
         p = np.maximum(p_random, p_rotated)
         contribution = self._persons(signed, routes.age, routes.contribution_of)[0]
+        contribution = np.where(np.isfinite(contribution).sum(0) >= self.least, contribution, np.nan)
         with np.errstate(divide="ignore", invalid="ignore"):
             enrichment = _mean(by_person) / routes.load()
         columns: dict[str, np.ndarray] = {
@@ -68,7 +72,7 @@ class RegionStatistics:
         table.insert(2, "expert", [f"E{e:02d}" for e in range(experts)] * len(self.labels))
         for place, (name, value) in enumerate(columns.items(), start=3):
             table.insert(place, name, np.broadcast_to(value, (len(self.labels), experts)).ravel())
-        return table
+        return table[table["n_subjects"] >= self.least].reset_index(drop=True)
 
     def parcels(self) -> pd.DataFrame:
         """Return one row per parcel: how many years hang on it, and who serves it."""
@@ -86,7 +90,13 @@ class RegionStatistics:
         table = self._parcel_columns()
         for place, (name, value) in enumerate(columns.items(), start=2):
             table.insert(place, name, value)
-        return table
+        return table[table["n_subjects"] >= self.least].reset_index(drop=True)
+
+    def common(self) -> dict[int, str]:
+        """Return number and name of the parcels that the tables tell of."""
+        table = self._parcel_columns()
+        table = table[table["n_subjects"] >= self.least]
+        return dict(zip(table["parcel"].tolist(), table["name"], strict=True))
 
     @cached_property
     def _served(self) -> list[np.ndarray]:
@@ -100,16 +110,25 @@ class RegionStatistics:
     def _parcel_columns(self) -> pd.DataFrame:
         present = self.totals > 0
         total = np.maximum(self.totals.sum(0), 1)
-        routed = np.stack([w @ r for w, r in zip(self.weights, self.routes.routed.astype(np.float32), strict=True)])
         return pd.DataFrame(
             {
                 "parcel": self.labels,
                 "name": [self.counts.parcels.name_of(int(label)) for label in self.labels],
                 "n_voxels": np.rint(self.totals.sum(0) / np.maximum(present.sum(0), 1)).astype(int),
-                "covered": routed.sum(0) / total,
-                "n_subjects": [len(np.unique(self.routes.person[seen])) for seen in (routed > 0).T],
+                "covered": self._routed.sum(0) / total,
+                "n_subjects": self._persons_with(np.arange(len(self.routes))),
             }
         )
+
+    @cached_property
+    def _routed(self) -> np.ndarray:
+        """Voxels of each head's parcels that lie in routed cells, [N, P]."""
+        return np.stack([w @ r for w, r in zip(self.weights, self.routes.routed.astype(np.float32), strict=True)])
+
+    def _persons_with(self, heads: np.ndarray) -> np.ndarray:
+        """Count the persons of some heads in whom a parcel was routed, [P]."""
+        person = self.routes.person[heads]
+        return np.array([len(np.unique(person[seen])) for seen in (self._routed[heads] > 0).T])
 
     def _means(self, maps: Any, heads: Any) -> np.ndarray:
         """Average the map [C, V] of each head over its parcels, [n, P, V]."""
@@ -173,7 +192,9 @@ class RegionStatistics:
             share = counts / counts.sum(1, keepdims=True)
             drawn.append(np.sqrt(np.maximum(share @ values.astype(float) ** 2 - (share @ values) ** 2, 0)))
         found = over_parcels(spread[:, None], same)[0, :, 0]
-        low, high = np.quantile(over_parcels(np.concatenate(drawn).T, same)[0], [0.025, 0.975], axis=1)
+        found[self._persons_with(heads) < self.least] = np.nan
+        drawn = np.where(np.isfinite(found)[:, None], over_parcels(np.concatenate(drawn).T, same)[0], np.nan)
+        low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
         p = upper_p(found, over_parcels(spread[:, None], self._turned)[..., 0])
         return {
             name: found,

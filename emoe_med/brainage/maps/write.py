@@ -18,11 +18,12 @@ from emoe_med.brainage.maps.regions import COVERED
 from emoe_med.brainage.maps.routes import Routes
 from emoe_med.data.register import box_grid
 from emoe_med.data.volume import write_volume
+from emoe_med.training.allow_list import MAP_FILE
 from emoe_med.training.run_folder import replace_file
 
 MIN_MARGIN = 0.1  # of the first over the second expert, for a cell to be given to the first
-# Okabe and Ito 2008, with grey for black: told apart by every kind of colour vision
-_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+# Okabe and Ito 2008, with Tol's indigo for black: told apart by every kind of colour vision, and from a grey brain
+_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#332288")
 TEMPLATES = {
     "MNI152NLin2009aSym": "MNI152 nonlinear 2009a symmetric, as nilearn ships it",
     "centred": "none: heads were centred and not aligned, so a place differs between heads by centimetres",
@@ -104,6 +105,14 @@ def group_maps(routes: Routes) -> list[Map]:
     ]
 
 
+def clear(folder: Path) -> None:
+    """Make a folder for maps, without what an earlier call left: a table of another atlas would pass for this one's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if MAP_FILE.fullmatch(path.name):
+            path.unlink()
+
+
 def write_maps(
     folder: Path, maps: list[Map], background: Background, grid: CellGrid, layer: str, facts: dict[str, Any]
 ) -> dict[str, Any]:
@@ -117,7 +126,7 @@ def write_maps(
         layer: Name of the routed layer.
         facts: `space`, `subjects`, and the like, for maps.json.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    clear(folder)
     space, form_code = facts["space"], 4 if facts["space"].startswith("MNI") else 2
     affine = box_grid(grid.spacing_mm)[1]
     brain = _on_model_grid(background.inside, grid) >= 0.5 * background.heads

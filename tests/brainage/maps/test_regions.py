@@ -164,6 +164,25 @@ def test_two_scans_of_a_person_count_as_one():
     assert table.loc[(1, "E01"), "n_subjects"] == 2
 
 
+def test_what_few_persons_have_is_left_out():
+    """Parcel 2 is in four of five heads, and years were measured in three of those."""
+    count = ParcelCounts(Parcels("labels", {1: "one", 2: "two"}, GRID))
+    labels = left_right().reshape(GRID.shape)
+    for head in range(5):
+        count.count(np.where((labels == 2) & (head == 0), 0, labels), np.ones(GRID.shape, bool))
+    expert = np.tile(np.arange(1200, dtype=np.int16) % 2, (5, 1))[..., None]
+    change = np.random.default_rng(0).normal(size=(4, 1200, 2))
+    known = {"contribution": change, "contribution_of": np.arange(4)}
+    routes = Routes.of(expert, np.ones(expert.shape, np.float32), 2, **known)
+    for least, kept, told in ((3, {1, 2}, {1, 2}), (4, {1, 2}, {1}), (5, {1}, set()), (6, set(), set())):
+        tables = RegionStatistics(routes, count, GRID, draws=9, least=least)
+        regions, parcels = tables.regions(), tables.parcels()
+        assert set(regions["parcel"]) == set(parcels["parcel"]) == set(tables.common()) == kept
+        assert set(regions.loc[regions["contribution"].notna(), "parcel"]) == told
+        for name in ("contribution", "contribution_low", "contribution_p"):
+            assert set(parcels.loc[parcels[name].notna(), "parcel"]) == told
+
+
 def test_joined_runs_keep_whose_contribution_it_is():
     one = Routes.of(np.zeros((2, 4, 1), np.int16), np.ones((2, 4, 1)), 2)
     two = Routes.of(

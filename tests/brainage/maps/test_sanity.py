@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from emoe_med.brainage.maps.cells import CellGrid
-from emoe_med.brainage.maps.routes import Routes, route
+from emoe_med.brainage.maps.routes import Routes, joined, route
 from emoe_med.brainage.maps.sanity import (
     follows_mirror,
     follows_shift,
@@ -124,3 +124,12 @@ def test_dead_experts_and_a_map_of_places_do_not_pass():
     assert checks["experts_alive"]["value"] == 1
     assert checks["outside_brain"]["passed"] is True
     assert "occlusion" not in checks
+
+
+def test_a_collapsed_run_is_not_hidden_by_others():
+    """In each of two runs one expert serves all: together they look as even as can be."""
+    runs = [Routes.of(np.full((20, 1200, 1), e, np.int16), np.ones((20, 1200, 1)), 2) for e in (0, 1)]
+    checks = sanity(joined(runs), runs, GRID, [(1.0, 0.1)] * 5, [0.5] * 5, [0.1])["checks"]
+    (alive,) = (check for check in checks if check["name"] == "experts_alive")
+    assert (alive["value"], alive["passed"], alive["details"]["largest_share"]) == (1, False, 1)
+    assert alive["text"].startswith("In the worst run 1 of 2 experts")

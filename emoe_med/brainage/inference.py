@@ -115,6 +115,17 @@ class TrainedModel:
             image = to_model_grid(batch["image"].to(device).float(), self.config.data.oversample)
             yield batch, image.to(memory_format=torch.channels_last_3d)
 
+    def other_preprocessing(self, stated: str, figures: Mapping[str, float]) -> list[str]:
+        """Tell what sets a scan's preprocessing apart: steps that the training scans do not state, odd figures."""
+        other = other_steps(stated, list(self.contract["strip"]["stated"])) if "strip" in self.contract else ""
+        return [f"preprocessing: {reason}" for reason in (other, odd(figures) if figures else "") if reason]
+
+    def other_ages(self, ages: Mapping[str, float | None]) -> list[str]:
+        """Tell which ages, by what they are, lie outside those of the training scans; unknown ones do not."""
+        low, high = (self.contract["training_ages"][end] for end in ("low", "high"))
+        outside = [name for name, age in ages.items() if age is not None and not low <= age <= high]
+        return [f"{name} outside the training ages {low:.0f}-{high:.0f}" for name in outside]
+
     def lacking(self) -> list[str]:
         """Tell which checks the checkpoint does not allow."""
         parts = []
@@ -199,19 +210,13 @@ def _verdict(
         reasons += [told(breaches)] if breaches else []
     elif (lowest := model.contract["similarity"]["low"]) is not None and row["similarity"] < lowest:
         reasons.append("head fits the template worse than any training head")
-    if "strip" in model.contract and (other := other_steps(stated, list(model.contract["strip"]["stated"]))):
-        reasons.append(f"preprocessing: {other}")
-    if figures and (why := odd(figures)):
-        reasons.append(f"preprocessing: {why}")
+    reasons += model.other_preprocessing(stated, figures)
     if model.familiarity is not None:
         score = model.familiarity.score(features[None])
         found |= {"ood_score": float(score[0]), "ood_percentile": float(model.familiarity.percentile(score)[0])}
         if not found["ood_percentile"] <= FAR_PERCENTILE:
             reasons.append(f"looks unlike the training scans to the network: percentile {found['ood_percentile']:.1f}")
-    low, high = (model.contract["training_ages"][end] for end in ("low", "high"))
-    for name, age in (("age", row["age"]), ("predicted age", row["predicted_age"])):
-        if age is not None and not low <= age <= high:
-            reasons.append(f"{name} outside the training ages {low:.0f}-{high:.0f}")
+    reasons += model.other_ages({"age": row["age"], "predicted age": row["predicted_age"]})
     status = "refused" if refused else "check" if reasons else "ok"
     return found | {"status": status, "reason": "; ".join(reasons)}
 

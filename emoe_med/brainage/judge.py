@@ -45,10 +45,14 @@ def judge_by(run_dir: Path, cache_dir: Path, jobs: int = 0) -> Callable[[Check],
         faulty = {fault.row for fault in check.faults}
         scans = [scan for scan in (check.manifest.scans if check.manifest else ()) if scan.row not in faulty]
         usable, unusable = prepared_like(model.contract, scans, cache_dir, jobs)
-        readings = HeadDataset(usable, model.chain(), cache_dir).build(jobs, counted("against the contract"))
-        found = {scan.row: reading for scan, reading in zip(usable, readings, strict=True)}
-        found |= {fault.row: Reading(fault) for fault in unusable if fault.row is not None}
-        return _judged(check, {str(row): _judgement(model, row, reading) for row, reading in found.items()})
+        heads = HeadDataset(usable, model.chain(), cache_dir)
+        readings = heads.build(jobs, counted("against the contract"))
+        found = {
+            scan.row: _judgement(model, heads, i, reading)
+            for i, (scan, reading) in enumerate(zip(usable, readings, strict=True))
+        }
+        found |= {fault.row: _unusable(fault.row, fault) for fault in unusable if fault.row is not None}
+        return _judged(check, {str(row): judgement for row, judgement in found.items()})
 
     return judge
 
@@ -70,12 +74,20 @@ def _judged(check: Check, found: dict[str, Judgement]) -> Check:
     return replace(check, table=table, faults=ordered, figures=figures)
 
 
-def _judgement(model: TrainedModel, row: int, reading: Reading) -> Judgement:
+def _unusable(row: int, fault: Fault) -> Judgement:
+    return Judgement(row, "refused", f"{fault.code} {fault.reason}", "")
+
+
+def _judgement(model: TrainedModel, heads: HeadDataset, index: int, reading: Reading) -> Judgement:
+    """Judge one scan as `predict` does, apart from what takes its network: features and predicted age."""
+    scan, sidecar = heads.scans[index], heads.sidecars[index]
     if reading.fault is not None:
-        return Judgement(row, "refused", f"{reading.fault.code} {reading.fault.reason}", "")
+        return _unusable(scan.row, reading.fault)
     assert model.spread is not None
     breaches = model.spread.breaches(reading.fingerprint)
     reasons = [told(breaches)] if breaches else []
+    reasons += model.other_preprocessing(heads.stated(index), sidecar.figures if sidecar else {})
+    reasons += model.other_ages({"age": scan.age})
     known = {*model.contract["seen"], *model.contract["seen_voxels"]}
     if not known.isdisjoint((reading.content, reading.voxels)):
         reasons.append("the run was trained or selected on this image")
@@ -83,4 +95,4 @@ def _judgement(model: TrainedModel, row: int, reading: Reading) -> Judgement:
     measured = dict(zip(MEASURES, reading.fingerprint, strict=True))
     figures = ", ".join(f"{name.removesuffix('_ml')} {measured[name]:.4g}" for name in SHOWN)
     worst = f"; the worst measure is {breaches[0].distance:.1f} times too far" if breaches else ""
-    return Judgement(row, status, "; ".join(reasons), figures + worst)
+    return Judgement(scan.row, status, "; ".join(reasons), figures + worst)

@@ -6,7 +6,7 @@ import datetime
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from emoe_med.brainage.age_table import read_columns
 from emoe_med.brainage.build_manifest import Builder, BuiltManifest
@@ -69,7 +69,8 @@ def _holds(item: Path) -> Callable[[str], bool]:
     """
     if item.is_dir():
         return lambda name: (item / name).exists()
-    return member_names(item).__contains__
+    names = member_names(item)  # not every archive lists the folders of its files
+    return (names | {f"{parent}" for name in names for parent in PurePosixPath(name).parents}).__contains__
 
 
 def _choose(holds: Callable[[str], bool], warped: bool) -> tuple[str | None, str | None, str]:
@@ -80,7 +81,7 @@ def _choose(holds: Callable[[str], bool], warped: bool) -> tuple[str | None, str
     for stem, brain_alone in _IMAGES.items():
         if holds(f"{stem}.nii.gz") and (mask or brain_alone):
             return f"{stem}.nii.gz", mask, ""
-    unusable = holds("T1/unusable") or holds("T1/unusable/")
+    unusable = holds("T1/unusable")
     return None, None, "marked unusable by UK Biobank" if unusable else "no T1 with a brain mask, and no T1_brain"
 
 

@@ -106,7 +106,7 @@ def preprocess(
         DataError: There is no table or no scan; no mask for the light path.
         StorageError: The folder cannot be written to.
     """
-    rows = _read_source(source, data_root)
+    rows = _read_source(source, data_root, out)
     preparation = Preparation(spacing_mm, _settle(path, rows))
     names = dict(zip(rows.scans, stems(rows.scans.values()), strict=True))
     with claim(out):
@@ -198,9 +198,10 @@ def _settle(path: Literal["auto", "full", "light"], rows: Source) -> Literal["fu
     return "light"
 
 
-def _read_source(source: Path, data_root: Path | None) -> Source:
+def _read_source(source: Path, data_root: Path | None, out: Path) -> Source:
     if source.is_dir():
-        scans = {scan.row: scan for scan in scans_in(source)}
+        within = source.resolve() in out.resolve().parents  # a run before may have filled it
+        scans = {scan.row: scan for scan in scans_in(source, out if within else None)}
         cells = {
             row: {"participant_id": scan.participant_id, "session_id": scan.session_id} for row, scan in scans.items()
         }

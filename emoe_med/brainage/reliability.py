@@ -122,4 +122,8 @@ def _read(path: Path) -> pd.DataFrame:
     if missing:
         reason = f"has no column {', '.join(sorted(missing))}"
         raise DataError(Fault("REL-TABLE", reason, str(path), hint="give the CSV that `predict` wrote"))
+    for name in ("predicted_age", "age"):
+        if name in scans and not pd.api.types.is_numeric_dtype(scans[name]) and scans[name].notna().any():
+            hint = "give the CSV that `predict` wrote"
+            raise DataError(Fault("REL-TABLE", f"column {name} holds what is no number", str(path), hint=hint))
     return scans[scans["predicted_age"].notna() & scans["participant_id"].notna()]

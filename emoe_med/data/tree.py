@@ -14,18 +14,22 @@ _VOLUME = re.compile(r"\.(nii|nii\.gz|mgz|mgh)$", re.IGNORECASE)
 _NO_HEAD = re.compile(r"(mask|dseg|probseg|labels?|seg|aseg|aparc.*|brain)\.(nii|nii\.gz|mgz|mgh)$", re.IGNORECASE)
 
 
-def scans_in(folder: Path) -> list[Scan]:
+def scans_in(folder: Path, out: Path | None = None) -> list[Scan]:
     """List the T1 heads of a folder, each once, with the brain mask beside it where there is one.
 
     Recognised, in this order: a FreeSurfer subjects folder (`*/mri/T1.mgz`, else `orig.mgz`, with
     `brainmask.mgz`), fMRIPrep (`*_desc-preproc_T1w` in native space with `*_desc-brain_mask`), deepmriprep
     (`brain<scan>` with `mask<scan>`), raw BIDS (`*_T1w`); else every volume whose name is not that of a mask.
 
+    Args:
+        folder: To look through, with all folders in it.
+        out: Folder of results: what lies there, from a run before, is no head to work on.
+
     Raises:
         DataError: PREP-NONE, with the line to run where the folder holds DICOM files.
     """
     for found in (_freesurfer, _fmriprep, _deepmriprep, _bids, _any_volume):
-        if pairs := sorted(found(folder)):
+        if pairs := sorted(pair for pair in found(folder) if not _lies_in(pair[0], out)):
             return [_scan(folder, row, image, mask) for row, (image, mask) in enumerate(pairs, start=1)]
     if any(_is_dicom(file) for file in sorted(folder.rglob("*"))[:1000]):
         raise DataError(Fault("PREP-NONE", "holds DICOM files", file=str(folder), hint=DICOM_HINT))
@@ -79,6 +83,10 @@ def mask_beside(image: Path) -> Path | None:
     names = (f"{bids}_desc-brain_mask", f"{stem}_mask", f"{stem}_brain_mask", "T1_brain_mask", "brainmask")
     places = (image.with_name(name + ending) for name in names for ending in (".nii.gz", ".nii", ".mgz", ".mgh"))
     return next((place for place in places if place.is_file()), None)
+
+
+def _lies_in(image: Path, out: Path | None) -> bool:
+    return out is not None and image.resolve().is_relative_to(out.resolve())
 
 
 def _there(path: Path) -> Path | None:

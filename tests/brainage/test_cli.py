@@ -283,12 +283,21 @@ def test_check_holds_scans_against_a_run(trained, cohort, tmp_path):
     scores = (voxels - voxels[inside].mean()) / voxels[inside].std() + 0.02  # z-scores, almost without a mean
     nib.save(nib.Nifti1Image(scores.astype(np.float32), image.affine), tmp_path / "scores.nii.gz")
     broken.iloc[0, broken.columns.get_loc("image")] = str(tmp_path / "scores.nii.gz")
+    stated = tmp_path / "stated.nii.gz"
+    shutil.copy(broken.iloc[1]["image"], stated)
+    (tmp_path / "stated.json").write_text('{"SkullStripped": true}')
+    broken.iloc[1, broken.columns.get_loc("image")] = str(stated)
+    broken.iloc[1, broken.columns.get_loc("age")] = 119
     broken.to_csv(tmp_path / "broken.csv", index=False)
     shown = run("check", "--manifest", tmp_path / "broken.csv", "--run", run_dir, "--out", tmp_path, "--data-root", "/",
                 code=3).output  # fmt: skip
     (line,) = [line for line in shown.splitlines() if line.startswith("error")]
     assert line.startswith("error CON-BROKEN  broken.csv row 2  intensity scale")
     assert '<figure class="refused">' in (tmp_path / "scans.html").read_text()
+    other = pd.read_csv(tmp_path / "check.csv").iloc[1]
+    assert other["status"] == "check"
+    assert "preprocessing: states other steps" in other["reason"]
+    assert "age outside the training ages" in other["reason"]
 
 
 def test_a_checkpoint_of_an_earlier_version_predicts_and_says_what_it_lacks(trained, cohort, tmp_path, caplog):

@@ -171,6 +171,17 @@ def test_processes_side_by_side_give_the_same_bytes(light, cohort, tmp_path):
         assert (tmp_path / file).read_bytes() == (light / file).read_bytes(), file
 
 
+def test_results_within_the_folder_of_the_heads_are_no_heads_the_next_time(tmp_path):
+    (tmp_path / "heads").mkdir()
+    drawn_head(tmp_path / "heads", "a")
+    arguments = ("--manifest", tmp_path / "heads", "-o", tmp_path / "heads" / "out", "--spacing", 8, "--steps", "light")
+    run(*arguments)
+    first = (tmp_path / "heads" / "out" / "manifest.csv").read_text()
+    assert len(first.splitlines()) == 2
+    run(*arguments)
+    assert (tmp_path / "heads" / "out" / "manifest.csv").read_text() == first
+
+
 def test_nothing_usable_is_exit_code_3(cohort, tmp_path):
     (tmp_path / "m.csv").write_text("image,mask\nbroken.nii.gz,a_mask.nii.gz\n")
     run("--manifest", tmp_path / "m.csv", "--data-root", cohort, "-o", tmp_path / "o", "--steps", "light", code=3)

@@ -136,7 +136,12 @@ def test_the_verb(predictions, tmp_path):
     assert "REL-FEW" in few.output
 
 
-@pytest.mark.parametrize("text", [None, "", "a,b\n1,2\n"])
+NO_NUMBER = "participant_id,predicted_age,age\na,40,20\na,about 40,21\n"
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "a,b\n1,2\n", NO_NUMBER, NO_NUMBER.replace("20", "young").replace("about", "")]
+)
 def test_what_is_no_table_of_predictions(tmp_path, text):
     if text is not None:
         (tmp_path / "t.csv").write_text(text)

@@ -153,3 +153,11 @@ def test_what_the_column_warped_may_say(tmp_path):
     table.write_text("image,age,warped\na.nii,50.5,maybe\nT1_brain_to_MNI.nii.gz,60.5,\n")
     with pytest.raises(DataError, match="MAN-WARPED"):
         read_manifest(table)
+
+
+def test_an_unusable_scan_is_named_though_its_archive_lists_no_folders(tmp_path):
+    with zipfile.ZipFile(tmp_path / "1000001_20252_2_0.zip", "w") as archive:
+        archive.writestr("T1/unusable/T1.nii.gz", b"x")
+    (tmp_path / "fields.csv").write_text("eid,p21003_i2\n1000001,60.5\n")
+    (skipped,) = from_ukb(tmp_path, tmp_path / "fields.csv").skipped
+    assert "marked unusable by UK Biobank" in str(skipped)

@@ -217,6 +217,8 @@ def reliability(
         say(json.dumps(found, indent=1))
         return
     say(f"{found['persons']} persons with {sessions} sessions; {found['left_out']} with fewer left out")
+    if found["flagged"]:
+        say(f"{found['flagged']} of the scans used are flagged by `predict`: look at them first")
     for name in ("predicted_age", "brain_pad"):
         for measured, label in MEASURES.items() if name in found else ():
             say(f"{name:14} {label:52} {_estimate(found[name][measured])}")

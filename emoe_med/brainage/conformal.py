@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from emoe_med.brainage.metrics import Estimate
-from emoe_med.brainage.strata import decades, first_sessions, named, scored_rows
+from emoe_med.brainage.strata import decades, deciles, first_sessions, named, scored_rows
 
 LEVELS = (0.9, 0.8, 0.5)  # the first that the persons support is given
 
@@ -90,8 +90,8 @@ def pooled_coverage(scans: pd.DataFrame) -> dict[str, Any] | None:
             seeds tested the share of them counts.
 
     Returns:
-        ``coverage`` (over persons) and ``width`` (mean, years); the same in ``by_age`` and ``by_site``. None where
-        runs have no intervals.
+        ``coverage`` (over persons) and ``width`` (mean, years); the same in ``by_age`` (decades), ``by_age_decile`` and
+        ``by_site``. None where runs have no intervals.
     """
     if "lower" not in scans or scans["lower"].isna().all():
         return None
@@ -101,7 +101,7 @@ def pooled_coverage(scans: pd.DataFrame) -> dict[str, Any] | None:
     )
     told_once = {name: "first" for name in ("age", "site") if name in scans}
     persons = scans.groupby("participant_id").agg({"inside": "mean", "width": "mean", **told_once})
-    strata = {"by_age": decades(persons["age"])}
+    strata = {"by_age": decades(persons["age"]), "by_age_decile": deciles(persons["age"])}
     if "site" in persons:
         strata["by_site"] = named(persons["site"])
 

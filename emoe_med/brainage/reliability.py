@@ -73,7 +73,8 @@ def reliability(predictions: Path, sessions: int = 2, bootstrap: Bootstrap | Non
 
     Returns:
         ``predicted_age`` and, where every used row has an age, ``brain_pad``: `MEASURES` as estimates; ``persons``,
-        ``sessions``, ``left_out`` (persons with fewer), ``years_between`` (median of last minus first age).
+        ``sessions``, ``left_out`` (persons with fewer), ``flagged`` (used rows that `predict` wants looked at),
+        ``years_between`` (median of last minus first age).
 
     Raises:
         DataError: No such table (REL-TABLE), or fewer than three persons with that many sessions (REL-FEW).
@@ -92,6 +93,7 @@ def reliability(predictions: Path, sessions: int = 2, bootstrap: Bootstrap | Non
     columns = {"predicted_age": used["predicted_age"]}
     found: dict[str, Any] = {"persons": persons, "sessions": sessions}
     found["left_out"] = int(scans["participant_id"].nunique() - persons)
+    found["flagged"] = int((used["status"] == "check").sum()) if "status" in used else 0
     if "age" in used and used["age"].notna().all():
         columns["brain_pad"] = used["predicted_age"] - used["age"]
         ages = _wide(used, used["age"])

@@ -26,6 +26,13 @@ def named(strata: pd.Series) -> pd.Series:
     return strata.astype(object).where(strata.notna(), "unknown").astype(str)
 
 
+def deciles(age: pd.Series) -> pd.Series:
+    """Return the tenth of the persons that each age falls in, by its youngest and oldest, such as ``41.2-45.0``."""
+    tenth = pd.qcut(age.rank(method="first"), min(10, len(age)), labels=False)
+    ends = age.groupby(tenth).agg(["min", "max"])
+    return tenth.map({number: f"{row['min']:.1f}-{row['max']:.1f}" for number, row in ends.iterrows()})
+
+
 def decades(age: pd.Series) -> pd.Series:
     """Return the decade of each age, such as ``40-49``."""
     return (age // 10 * 10).astype(int).map(lambda low: f"{low:02d}-{low + 9:02d}")

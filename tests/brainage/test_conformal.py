@@ -9,6 +9,7 @@ from scipy import stats
 
 from emoe_med.brainage.conformal import Interval, coverage, fit_interval, pooled_coverage, with_coverage
 from emoe_med.brainage.metrics import Bootstrap, evaluate
+from emoe_med.brainage.strata import deciles
 from emoe_med.errors import DataError
 
 
@@ -100,5 +101,15 @@ def test_coverage_is_pooled_over_folds_and_seeds_by_person():
     by_age = {name: (part["coverage"]["value"], part["width"]) for name, part in found["by_age"].items()}
     assert by_age == {"20-29": (0.25, 10.0), "30-39": (1.0, 6.0), "60-69": (0.0, 6.0)}
     assert {name: part["coverage"]["n"] for name, part in found["by_site"].items()} == {"a": 2, "b": 1, "unknown": 1}
+    assert len(found["by_age_decile"]) == len(set(found["by_age_decile"])) > 1
     assert (found["by_age"]["60-69"]["coverage"]["low"], found["by_age"]["30-39"]["coverage"]["high"]) == (0.0, 1.0)
     assert pooled_coverage(scans.drop(columns=["lower", "upper"])) is None
+
+
+def test_deciles_of_age_hold_as_many_persons_each_and_are_named_by_their_ends():
+    ages = pd.Series(np.random.default_rng(0).permutation(np.arange(20.0, 70.0)))
+    names = deciles(ages)
+    assert (names.value_counts() == 5).all()
+    assert set(names[ages < 25]) == {"20.0-24.0"}
+    assert set(names[ages >= 65]) == {"65.0-69.0"}
+    assert deciles(pd.Series([30.0, 30.0, 41.0])).tolist() == ["30.0-30.0", "30.0-30.0", "41.0-41.0"]

@@ -110,6 +110,10 @@ def predictions(tmp_path):
 def test_a_table_of_predict(predictions):
     found = reliability(predictions, bootstrap=QUICK)
     assert (found["persons"], found["left_out"]) == (20, 1)
+    assert found["flagged"] == 0
+    table = pd.read_csv(predictions, dtype={"participant_id": str, "session_id": str})
+    table.assign(status=np.where(table.index < 3, "check", "ok")).to_csv(predictions, index=False)
+    assert reliability(predictions, bootstrap=QUICK)["flagged"] == 3
     assert found["years_between"] == pytest.approx(2)
     assert found["predicted_age"]["bias"]["value"] == pytest.approx(2)  # two years older, and seen to be
     assert found["brain_pad"]["bias"]["value"] == pytest.approx(0, abs=1e-9)

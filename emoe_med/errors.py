@@ -34,8 +34,17 @@ class Fault:
 
     def __str__(self) -> str:
         where = " ".join(part for part in (self.manifest, f"row {self.row}" if self.row is not None else None) if part)
-        what = self.reason if self.hint is None else f"{self.reason}; {self.hint}"
-        return "  ".join(part for part in (f"error {self.code}", where, self.file, what) if part)
+        return "  ".join(part for part in (f"error {self.code}", where, self.file, self.what) if part)
+
+    @property
+    def what(self) -> str:
+        """Return what is wrong and what to do about it."""
+        return self.reason if self.hint is None else f"{self.reason}; {self.hint}"
+
+    @property
+    def in_table(self) -> str:
+        """Return what stands in a column `reason`, whose row tells the rest."""
+        return f"{self.code} {self.what}"
 
 
 class EmoeError(Exception):

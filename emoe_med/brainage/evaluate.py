@@ -16,7 +16,7 @@ from emoe_med.brainage.bias import AgeBias, Method, fit_age_bias
 from emoe_med.brainage.cohort import Cohort, prepare_cohort
 from emoe_med.brainage.comparison import paired_difference
 from emoe_med.brainage.conformal import Interval, fit_interval, with_coverage
-from emoe_med.brainage.inference import TrainedModel, predict_scans
+from emoe_med.brainage.inference import SEEN, TrainedModel, predict_scans
 from emoe_med.brainage.metrics import Bootstrap, evaluate
 from emoe_med.brainage.prepared import prepared_like
 from emoe_med.brainage.report import write_report, write_shared_metrics
@@ -147,13 +147,10 @@ def evaluate_elsewhere(
         raise DataError(*(replace(fault, manifest=manifest.path.name) for fault in unusable))
     manifest = replace(manifest, scans=tuple(scans))
     cohort = prepare_cohort(manifest, model.chain(), cache_dir, jobs, counted("reading scans"))
-    seen = {*model.contract["seen"], *model.contract.get("seen_voxels", ())}
     faults = [
-        Fault(
-            "EVAL-SEEN", "the run was trained or selected on this image", str(scan.image), scan.row, manifest.path.name
-        )
+        Fault("EVAL-SEEN", SEEN, str(scan.image), scan.row, manifest.path.name)
         for scan, reading in zip(manifest.scans, cohort.readings, strict=True)
-        if not seen.isdisjoint((reading.content, reading.voxels))
+        if not model.seen.isdisjoint((reading.content, reading.voxels))
     ]
     if faults:
         raise DataError(*faults)

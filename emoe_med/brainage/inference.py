@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from emoe_med.models.heads import TrainingAges
 from emoe_med.training.checkpoint import CheckpointFolder, load_model_weights
 from emoe_med.training.loader import make_loader, read_batches
 from emoe_med.training.task import Batch, MapDataset
+
+SEEN = "the run was trained or selected on this image"
 
 
 @dataclass
@@ -126,6 +129,11 @@ class TrainedModel:
         outside = [name for name, age in ages.items() if age is not None and not low <= age <= high]
         return [f"{name} outside the training ages {low:.0f}-{high:.0f}" for name in outside]
 
+    @cached_property
+    def seen(self) -> frozenset[str]:
+        """Digests of the files, and of the voxels, of the images that the run was trained or selected on."""
+        return frozenset({*self.contract.get("seen", ()), *self.contract.get("seen_voxels", ())})
+
     def lacking(self) -> list[str]:
         """Tell which checks the checkpoint does not allow."""
         parts = []
@@ -160,14 +168,14 @@ def predict_scans(
         indices: Which of them, in the order of the result.
         average: Average over mirror image and grid phases, as the run says.
         progress: Wraps the indices, e.g. for a progress bar.
-        own: These are the run's own held-out scans: to refuse some would flatter the run, so they are flagged.
+        own: These are the run's own held-out scans: to refuse some would flatter the run, so they are flagged; that
+            it was selected on some of them is known.
 
     Returns:
         Columns row, age, predicted_age (years), similarity, ood_score, ood_percentile (`Familiarity`; missing
         where the checkpoint has none), in_training (of this very image), status (`ok`; `check`: a person should
         look; `refused`: no age is given) and reason, which names the step that a scan broke.
     """
-    known = set(model.contract.get("seen_voxels", ())) | set(model.contract.get("seen", ()))
     rows = []
     for index in progress(indices):
         scan = heads.scans[index]
@@ -179,10 +187,13 @@ def predict_scans(
             continue
         age, features = model.look(entry["image"], average)
         row |= {"predicted_age": age, "similarity": float(entry["similarity"])}
-        row["in_training"] = not known.isdisjoint((entry["voxels"], entry["digest"]))
+        row["in_training"] = not model.seen.isdisjoint((entry["voxels"], entry["digest"]))
         sidecar = heads.sidecars[index]
         figures = sidecar.figures if sidecar else {}
         row |= _verdict(model, row, entry["fingerprint"].tolist(), features, heads.stated(index), figures)
+        if row["in_training"] and not own:
+            row["reason"] = "; ".join(filter(None, (SEEN, row["reason"])))
+            row["status"] = "check" if row["status"] == "ok" else row["status"]
         if row["status"] == "refused" and own:
             row["status"] = "check"
         if row["status"] == "refused":
@@ -222,7 +233,7 @@ def _verdict(
 
 
 def _reason(error: VolumeError) -> str:
-    return "; ".join(f"{fault.code} {fault.reason}" for fault in error.faults)
+    return "; ".join(fault.in_table for fault in error.faults)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emoe_med.brainage.check import Check
-from emoe_med.brainage.inference import TrainedModel
+from emoe_med.brainage.inference import SEEN, TrainedModel
 from emoe_med.brainage.prepared import prepared_like
 from emoe_med.data.cache import HeadDataset
 from emoe_med.data.contract import told
@@ -75,7 +75,7 @@ def _judged(check: Check, found: dict[str, Judgement]) -> Check:
 
 
 def _unusable(row: int, fault: Fault) -> Judgement:
-    return Judgement(row, "refused", f"{fault.code} {fault.reason}", "")
+    return Judgement(row, "refused", fault.in_table, "")
 
 
 def _judgement(model: TrainedModel, heads: HeadDataset, index: int, reading: Reading) -> Judgement:
@@ -88,9 +88,8 @@ def _judgement(model: TrainedModel, heads: HeadDataset, index: int, reading: Rea
     reasons = [told(breaches)] if breaches else []
     reasons += model.other_preprocessing(heads.stated(index), sidecar.figures if sidecar else {})
     reasons += model.other_ages({"age": scan.age})
-    known = {*model.contract["seen"], *model.contract["seen_voxels"]}
-    if not known.isdisjoint((reading.content, reading.voxels)):
-        reasons.append("the run was trained or selected on this image")
+    if not model.seen.isdisjoint((reading.content, reading.voxels)):
+        reasons.append(SEEN)
     status = "refused" if any(breach.refuses for breach in breaches) else "check" if reasons else "ok"
     measured = dict(zip(MEASURES, reading.fingerprint, strict=True))
     figures = ", ".join(f"{name.removesuffix('_ml')} {measured[name]:.4g}" for name in SHOWN)

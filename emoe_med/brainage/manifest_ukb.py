@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from emoe_med.brainage.age_table import read_columns
@@ -37,6 +36,7 @@ def from_ukb(bulk: Path, table: Path, warped: bool = False) -> BuiltManifest:
     """
     builder = Builder(bulk)
     records = _records(table)
+    undated = 0
     for item in sorted(path for depth in ("*", "*/*") for path in bulk.glob(f"{depth}_20252_*")):
         match = re.fullmatch(rf"(\d+)_20252_([23])_0(?:{re.escape(ARCHIVE)})?", item.name)
         if match is None:
@@ -56,9 +56,14 @@ def from_ukb(bulk: Path, table: Path, warped: bool = False) -> BuiltManifest:
         else:
             linear = builder.name(item / _TRANSFORM) if not warped and holds(_TRANSFORM) else ""
             record = _record(records[eid], instance)
+            exact = _exact_age(records[eid], instance)
+            undated += exact is None
+            record["age"] = exact or record["age"]
             more = {"transform": linear, "warped": "yes" if warped else ""}
             builder.add((eid, instance), item / image, record, item / (mask or image), **more)
-    return builder.finish(*_notes(builder, warped))
+    dated = any("date_2" in record for record in records.values())
+    lacking = f"{undated} scans lack a date that can be read (fields 34, 52, 53): age is field 21003, rounded down"
+    return builder.finish(*_notes(builder, warped), *([lacking] if dated and undated else []))
 
 
 def _holds(item: Path) -> Callable[[str], bool]:
@@ -116,9 +121,14 @@ def _columns() -> dict[str, str]:
 
 def _record(record: Mapping[str, str], instance: str) -> dict[str, str]:
     sex = {"0": "F", "1": "M"}.get(record.get("sex", ""), record.get("sex", ""))
-    age = record.get(f"age_{instance}", "")
-    with suppress(KeyError, ValueError):  # field 21003 remains
+    return {"age": record.get(f"age_{instance}", ""), "sex": sex, "site": record.get(f"site_{instance}", "")}
+
+
+def _exact_age(record: Mapping[str, str], instance: str) -> str | None:
+    """Count the years from birth to visit; None where a date is missing or cannot be read."""
+    try:
         visit = datetime.date.fromisoformat(record[f"date_{instance}"])
         birth = datetime.date(int(record["birth_year"]), int(record["birth_month"]), 15)  # the day is not told
-        age = f"{(visit - birth).days / 365.25:.2f}"
-    return {"age": age, "sex": sex, "site": record.get(f"site_{instance}", "")}
+    except (KeyError, ValueError):
+        return None
+    return f"{(visit - birth).days / 365.25:.2f}"

@@ -121,7 +121,7 @@ def _scans(source: Path, data_root: Path | None) -> tuple[list[Scan], list[Fault
 
 def _refused(faults: list[Fault]) -> pd.DataFrame:
     """Return a row for every scan that cannot be used, with all that is wrong with it."""
-    reasons = pd.Series([f"{fault.code} {fault.reason}" for fault in faults], [fault.row for fault in faults])
+    reasons = pd.Series([fault.in_table for fault in faults], [fault.row for fault in faults])
     told = reasons.groupby(level=0).agg("; ".join)
     return pd.DataFrame({"row": told.index, "reason": told.to_numpy(), "status": "refused"})
 

@@ -26,7 +26,7 @@ from emoe_med.data.prepare import INSTALL, Preparation, missing_extra, odd, prep
 from emoe_med.data.scan import KNOWN, Scan
 from emoe_med.data.table import Refusals, read_table, records
 from emoe_med.data.tree import scans_in
-from emoe_med.errors import DataError, Fault, StorageError, VolumeError
+from emoe_med.errors import ConfigError, DataError, Fault, StorageError, VolumeError
 from emoe_med.training.run_folder import claim
 
 FIGURES = (
@@ -63,7 +63,7 @@ class Outcome:
     def reason(self) -> str:
         """Why a scan failed or should be looked at."""
         if self.faults:
-            return "; ".join(f"{fault.code} {fault.reason}" for fault in self.faults)
+            return "; ".join(fault.in_table for fault in self.faults)
         return odd(self.figures)
 
 
@@ -102,7 +102,8 @@ def preprocess(
         One outcome per row, in order. What was finished before, from the same input by the same chain, is kept.
 
     Raises:
-        ConfigError: Packages of the full path are missing; another process works on the folder.
+        ConfigError: Packages of the full path are missing; results would lie among the heads (PREP-OUT); another
+            process works on the folder.
         DataError: There is no table or no scan; no mask for the light path.
         StorageError: The folder cannot be written to.
     """
@@ -200,6 +201,8 @@ def _settle(path: Literal["auto", "full", "light"], rows: Source) -> Literal["fu
 
 def _read_source(source: Path, data_root: Path | None, out: Path) -> Source:
     if source.is_dir():
+        if source.resolve() == out.resolve():
+            raise ConfigError(Fault("PREP-OUT", "results would lie among the heads", str(out), hint="give another -o"))
         within = source.resolve() in out.resolve().parents  # a run before may have filled it
         scans = {scan.row: scan for scan in scans_in(source, out if within else None)}
         cells = {

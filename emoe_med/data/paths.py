@@ -79,7 +79,8 @@ def check_path(text: str, root: DataRoot) -> None:
     if text.startswith("/") and not any(
         _is_inside(os.path.normpath(text), base) for base in (os.path.abspath(root.folder), root.real)
     ):
-        raise _refusal("MAN-PATH", "absolute path outside the data root", text)
+        hint = "let --data-root name a folder that all images lie in"
+        raise _refusal("MAN-PATH", "absolute path outside the data root", text, hint)
 
 
 def locate(text: str, root: DataRoot, look: bool = True) -> Located:

@@ -200,7 +200,7 @@ def _tool(package: str) -> str:
 def _check_whole(voxels: np.ndarray, inside: np.ndarray) -> None:
     """Refuse a head that was stripped before: another tool's mask would stand in for the one of the contract."""
     if not _has_surroundings(voxels, inside):
-        refuse("VOL-STRIPPED", "nothing around the brain", "give the whole head, or its mask and the light path")
+        refuse("VOL-STRIPPED", "nothing around the brain", "give the whole head, or its mask and --steps light")
 
 
 def _has_surroundings(voxels: np.ndarray, inside: np.ndarray) -> bool:

@@ -35,7 +35,8 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNO
 _SHOWN = re.compile(r"[+-]?\d{1,3}([.,]\d{1,2})?|[a-z/]{1,3}", re.ASCII | re.IGNORECASE)
 _SUBJECT = re.compile(r"(?:^|[/_])(sub-[^/_.]+)(?=[/_.]|$)")
 _SESSION = re.compile(r"(?:^|[/_])((?:ses|acq|rec|run)-[^/_.]+)(?=[/_.]|$)")
-_WARPED = re.compile(r"(^|/)T1_brain_to_MNI\.nii")
+# UK Biobank's name, and fMRIPrep's for a template's space; `preprocess`, which is affine, writes to the excepted one
+_WARPED = re.compile(r"(^|/)T1_brain_to_MNI\.nii|_space-MNI(?!152NLin2009aSym_)[^/]*_T1w\.nii")
 _UKB = re.compile(r"(?:^|/)(\d{7})(?:_20252_(\d)_\d)?(?=[/_.]|$)", re.ASCII)
 
 
@@ -84,7 +85,7 @@ def identity_from_path(path: str) -> tuple[str | None, str]:
 
 
 def is_warped(path: str) -> bool:
-    """Tell whether a path names UK Biobank's nonlinearly warped brain."""
+    """Tell whether a path names a nonlinearly warped image, as UK Biobank and fMRIPrep call theirs."""
     return _WARPED.search(path) is not None
 
 

@@ -10,6 +10,7 @@ import codecs
 import csv
 import difflib
 import io
+import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ def match_columns(
     for column in required:
         if column not in columns:
             spellings = [name for name, meaning in known.items() if meaning == column]
-            others = [name for name in names if name not in known]
+            others = [name for name in names if name not in known and not re.search(r"\d", name)]  # fields by number
             near = [match for name in spellings for match in difflib.get_close_matches(name, others, 1)]
             hint = f"did you mean {near[0]!r}?" if near else f"write it as {' or '.join(map(repr, spellings))}"
             refusals.add("MAN-COLUMN", f"column {column!r} is missing", line, hint)

@@ -73,10 +73,10 @@ def _any_volume(folder: Path) -> Pairs:
 def mask_beside(image: Path) -> Path | None:
     """Return the brain mask that lies beside a head under one of the usual names.
 
-    They are `*_desc-brain_mask`, `<head>_mask`, `<head>_brain_mask`, `T1_brain_mask` and `brainmask`. A warped
-    brain is its own mask: what lies beside it is on the native grid.
+    They are `*_desc-brain_mask`, `<head>_mask`, `<head>_brain_mask`, `T1_brain_mask` and `brainmask`. UK Biobank's
+    warped brain is its own mask: what lies beside it is on the native grid.
     """
-    if is_warped(image.name):
+    if image.name.startswith("T1_brain_to_MNI."):
         return image
     stem = _VOLUME.sub("", image.name)
     bids = re.sub(r"(_desc-[^_]+)?_T1w$", "", stem)

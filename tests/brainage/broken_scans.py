@@ -207,6 +207,8 @@ BREAKS = {
     synthetic: (PLACE, SCALE, MASK),
 }
 
+OF_THE_MASK = (whole_head_as_mask, no_mask, dilated_mask, eroded_mask, shifted_mask, half_a_mask)  # the image is whole
+
 
 def write_head(folder: Path, name: str, head: Head) -> dict[str, str]:
     """Write a head and its mask; the columns image and mask of a manifest."""

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from broken_scans import BREAKS, oppose_handedness, write_head
+from broken_scans import BREAKS, OF_THE_MASK, oppose_handedness, write_head
 from typer.testing import CliRunner
 
 from emoe_med.brainage.__main__ import app
+from emoe_med.data.prepare import missing_extra
 from emoe_med.data.volume import read_volume
 
 TINY = """
@@ -134,10 +135,40 @@ def test_an_interval_and_a_contract_stand_in_every_row(found, model):
     assert not good["in_training"]
 
 
+@pytest.mark.faults  # 65 heads through the skull strip: eight minutes
+@pytest.mark.skipif(bool(missing_extra()), reason=f"the extra is not installed: {missing_extra()}")
+def test_no_break_of_a_raw_head_is_silent_by_the_full_path(real_data, one, tmp_path):
+    """All heads go through strip and bias field first, which take out shading; masks that are given do not count."""
+    heads(real_data, 0, 38).drop(columns="labels").to_csv(tmp_path / "raw.csv", index=False)
+    run("preprocess", "--manifest", tmp_path / "raw.csv", "--data-root", "/", "-o", tmp_path / "prepared",
+        "--steps", "full", "--spacing", 4, "--jobs", 2)  # fmt: skip
+    table = pd.read_csv(tmp_path / "prepared" / "manifest.csv").drop(columns=["status", "reason"])
+    for column in ("image", "mask"):
+        table[column] = [str(tmp_path / "prepared" / name) for name in table[column]]
+    run_dir = train(table, tmp_path / "model")
+    ways = {each.__name__: each for each in BREAKS if each not in OF_THE_MASK}
+    rows = {name: write_head(tmp_path, name, each(*one))["image"] for name, each in ways.items()}
+    rows["stripped"] = write_head(tmp_path, "stripped", (np.where(one[2], one[0], 0), one[1], None))["image"]
+    rows["opposite_handedness"] = write_head(tmp_path, "handed", one)["image"]
+    oppose_handedness(tmp_path / "handed.nii.gz")
+    rows["whole"] = write_head(tmp_path, "whole", one)["image"]
+    (tmp_path / "too_old.nii.gz").write_bytes((tmp_path / "whole.nii.gz").read_bytes())
+    rows["too_old"] = "too_old.nii.gz"
+    given = pd.DataFrame({"participant_id": list(rows), "image": [str(tmp_path / file) for file in rows.values()]})
+    given["age"] = np.where(given["participant_id"] == "too_old", 97.0, 50.0)
+    answer = predict(run_dir, given, tmp_path, code=8).set_index("participant_id")
+    silent = set(answer.index[answer["status"] == "ok"])
+    assert silent == {"whole", "shaded"}, answer[["status", "reason"]].to_string()
+    mended, whole = answer.loc[["shaded", "whole"], "predicted_age"]
+    assert mended == pytest.approx(whole, abs=1)
+
+
 def test_a_scan_of_the_training_set_is_told(model, real_data, tmp_path):
     table = heads(real_data, 0, 1)
     (row,) = predict(model, table, tmp_path).itertuples()
     assert row.in_training
+    assert row.status == "check"
+    assert "trained or selected on this image" in row.reason
     moved = read_volume(__import__("pathlib").Path(table.iloc[0]["image"]))
     mask = read_volume(__import__("pathlib").Path(table.iloc[0]["labels"])).voxels > 0
     again = write_head(

@@ -247,7 +247,24 @@ def test_ukb_decimal_age_from_dates(tmp_path):
     )
     built = from_ukb(tmp_path, fields)
     assert built.rows["age"].tolist() == ["65.5", "67"]
-    assert len(built.notes) == 1
+    assert built.notes[1].startswith("1 scans lack a date that can be read")
+
+
+def test_ukb_dates_that_cannot_be_read_are_counted(tmp_path):
+    touch(tmp_path, *UKB_FILES)
+    rows_of = ("1000001,65,67,1950,3,15/09/2015,2017-09-15", "1000002,70,,1950,March,2020-09-15,")
+    fields = table(tmp_path / "fields.csv", "eid,p21003_i2,p21003_i3,p34,p52,p53_i2,p53_i3", *rows_of)
+    built = from_ukb(tmp_path, fields)
+    assert built.rows["age"].tolist() == ["65", "67.5", "70"]
+    assert any(note.startswith("2 scans lack a date that can be read") for note in built.notes)
+
+
+def test_another_instance_is_no_misspelt_column(tmp_path):
+    """Ages of the first visit, years before the scan, must not be offered for those at the scan."""
+    with pytest.raises(DataError, match="MAN-COLUMN") as caught:
+        from_ukb(tmp_path, table(tmp_path / "fields.csv", "eid,21003-0.0", "1000001,55"))
+    assert "did you mean" not in str(caught.value)
+    assert "write it as '21003-2.0'" in str(caught.value)
 
 
 @pytest.mark.parametrize(

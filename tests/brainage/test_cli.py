@@ -234,8 +234,14 @@ def test_evaluate_elsewhere_refuses_what_the_run_has_seen(trained, cohort, tmp_p
     assert json.loads(metrics.read_text())["test"]["mae"]["n"] == 6
 
 
+def unseen(run_dir, cohort) -> pd.DataFrame:
+    """Return the rows of a manifest that a run was neither trained nor selected on."""
+    splits = pd.read_csv(run_dir / "splits.csv")["split"]
+    return pd.read_csv(cohort)[(splits == "test").to_numpy()].reset_index(drop=True)
+
+
 def test_predict_gives_a_row_for_every_scan(trained, cohort, tmp_path):
-    scans = pd.read_csv(cohort)
+    scans = unseen(trained / "tiny_emoe" / "seed0-fold0", cohort)
     rows = scans.head(5).copy()
     rows["image"] = [str(cohort.parent / image) for image in rows["image"]]
     rows["mask"] = [str(cohort.parent / mask) for mask in rows["mask"]]
@@ -345,7 +351,7 @@ def test_the_interval_is_in_every_output(trained):
 
 
 def test_predict_on_a_folder_finds_the_masks_beside_the_heads(trained, cohort, tmp_path):
-    scans = pd.read_csv(cohort).head(2)
+    scans = unseen(trained / "tiny_emoe" / "seed0-fold0", cohort).head(2)
     for scan in scans.itertuples():
         name = Path(scan.image).name
         (tmp_path / "in").mkdir(exist_ok=True)

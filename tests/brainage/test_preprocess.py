@@ -182,6 +182,13 @@ def test_results_within_the_folder_of_the_heads_are_no_heads_the_next_time(tmp_p
     assert (tmp_path / "heads" / "out" / "manifest.csv").read_text() == first
 
 
+def test_results_among_the_heads_are_refused(tmp_path):
+    drawn_head(tmp_path, "a")
+    before = set(tmp_path.iterdir())
+    assert "PREP-OUT" in run("--manifest", tmp_path, "-o", tmp_path, "--steps", "light", code=2).stderr
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_nothing_usable_is_exit_code_3(cohort, tmp_path):
     (tmp_path / "m.csv").write_text("image,mask\nbroken.nii.gz,a_mask.nii.gz\n")
     run("--manifest", tmp_path / "m.csv", "--data-root", cohort, "-o", tmp_path / "o", "--steps", "light", code=3)
@@ -209,6 +216,7 @@ def test_dicom_gets_the_line_to_run(tmp_path):
     for image in ("dicom/IM0001", "dicom"):
         (tmp_path / "m.csv").write_text(f"image,mask\n{image},dicom/IM0001\n")
         assert "dcm2niix" in run("--manifest", tmp_path / "m.csv", *out, code=3).stderr
+        assert "dcm2niix" in pd.read_csv(tmp_path / "o" / "manifest.csv")["reason"].item()
 
 
 def test_a_source_tree_that_was_never_installed_has_no_version():

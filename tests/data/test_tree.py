@@ -2,6 +2,7 @@
 
 import pytest
 
+from emoe_med.data.scan import is_warped
 from emoe_med.data.tree import mask_beside, scans_in
 from emoe_med.errors import DataError
 
@@ -73,6 +74,31 @@ def test_a_mask_beside_a_head_is_found(tmp_path, image, mask):
     assert mask_beside(tmp_path / image) is None
     (tmp_path / mask).write_bytes(b"x")
     assert mask_beside(tmp_path / image) == tmp_path / mask
+
+
+@pytest.mark.parametrize(
+    ("name", "warped"),
+    [
+        ("1000001_20252_2_0/T1/T1_brain_to_MNI.nii.gz", True),
+        ("sub-1_space-MNI152NLin2009cAsym_desc-preproc_T1w.nii.gz", True),
+        ("sub-1_space-MNI152NLin6Asym_res-2_desc-preproc_T1w.nii", True),
+        ("sub-1_space-MNI152NLin2009aSym_res-2_desc-preproc_T1w.nii.gz", False),  # affine: `preprocess` writes it
+        ("sub-1_desc-preproc_T1w.nii.gz", False),
+        ("sub-1_space-MNI152NLin2009cAsym/sub-1_T1w.nii.gz", False),
+    ],
+)
+def test_warped_images_are_known_by_name(name, warped):
+    assert is_warped(name) == warped
+
+
+def test_a_folder_of_warped_images_alone_keeps_their_masks(tmp_path):
+    """fMRIPrep's mask lies on the warped grid, unlike UK Biobank's."""
+    space = "sub-1_space-MNI152NLin2009cAsym_desc-"
+    for name in ("preproc_T1w.nii.gz", "brain_mask.nii.gz"):
+        (tmp_path / (space + name)).write_bytes(b"x")
+    (scan,) = scans_in(tmp_path)
+    assert scan.warped
+    assert scan.mask == tmp_path / f"{space}brain_mask.nii.gz"
 
 
 def test_an_empty_folder_is_refused(tmp_path):

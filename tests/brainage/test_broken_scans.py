@@ -135,7 +135,8 @@ def test_an_interval_and_a_contract_stand_in_every_row(found, model):
     assert not good["in_training"]
 
 
-@pytest.mark.faults  # 65 heads through the skull strip: eight minutes
+@pytest.mark.faults  # 65 heads through the skull strip: eight minutes of two free cores
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(bool(missing_extra()), reason=f"the extra is not installed: {missing_extra()}")
 def test_no_break_of_a_raw_head_is_silent_by_the_full_path(real_data, one, tmp_path):
     """All heads go through strip and bias field first, which take out shading; masks that are given do not count."""

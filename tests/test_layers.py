@@ -18,7 +18,7 @@ LEVELS = {
     "pipeline": 7,
 }
 OWNERS = {
-    "mlflow": {"training/tracking.py"},
+    "mlflow": {"training/mlflow_store.py"},
     "nibabel": {"data/volume.py", "data/nifti.py", "data/mgh.py"},
 }
 TORCH_ONLY = "moe"

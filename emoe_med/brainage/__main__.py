@@ -14,6 +14,7 @@ from emoe_med.brainage.maps_cli import maps
 from emoe_med.brainage.preprocess_cli import preprocess
 from emoe_med.errors import ConfigError, Fault
 from emoe_med.training.cli import first_rank, say, verb
+from emoe_med.training.record_cli import sync, ui
 
 app = typer.Typer(
     add_completion=False,
@@ -26,6 +27,8 @@ app.command()(preprocess)
 app.command()(export)
 app.command()(selftest)
 app.command()(maps)
+app.command()(ui)
+app.command()(sync)
 
 PAGES = ("check.csv", "check.html", "scans.html")  # what `check` writes
 CONFIGS = Path(__file__).parent.parent.parent / "configs" / "brainage"
@@ -268,38 +271,6 @@ def demo(
     from emoe_med.brainage.demo import run_demo
 
     for line in run_demo(out, CONFIGS, jobs):
-        say(line)
-
-
-@app.command()
-@verb
-def ui(
-    out: OutOption = Path("runs"),
-    port: Annotated[int, typer.Option("--port", min=1024, max=65535)] = 5000,
-) -> None:
-    """Serve the tracked runs on this machine alone and print where to look.
-
-    Example: python -m emoe_med.brainage ui --out runs
-    """
-    from emoe_med.training.ui import serve_runs
-
-    serve_runs(out, port, say)
-
-
-@app.command()
-@verb
-def sync(
-    out: OutOption = Path("runs"),
-    uri: Annotated[str | None, typer.Option("--uri", help="another tracking address; it gets all of it")] = None,
-    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="permit another machine, by https")] = False,
-) -> None:
-    """Send MLflow what it lacks of the runs, after a server was down or not there; each event once.
-
-    Example: python -m emoe_med.brainage sync --out runs
-    """
-    from emoe_med.training.ui import sync_runs
-
-    for line in sync_runs(out, uri, allow_remote):
         say(line)
 
 

@@ -36,7 +36,8 @@ def compare_groups(folders: list[Path]) -> tuple[dict[str, Any], str]:
             or who is in which fold.
     """
     if len({folder.name for folder in folders}) < len(folders):
-        raise DataError(Fault("CMP-NAMES", "two arms have the same name"))
+        hint = "`python -m emoe_med.pipeline compare` takes any runs"
+        raise DataError(Fault("CMP-NAMES", "two arms have the same name", hint=hint))
     runs = {folder: _runs(folder) for folder in folders}
     common = set.intersection(*(set(found) for found in runs.values()))
     if not common:

@@ -19,7 +19,8 @@ from emoe_med.brainage.conformal import Interval, fit_interval, with_coverage
 from emoe_med.brainage.inference import SEEN, TrainedModel, predict_scans
 from emoe_med.brainage.metrics import Bootstrap, evaluate
 from emoe_med.brainage.prepared import prepared_like
-from emoe_med.brainage.report import write_report, write_shared_metrics
+from emoe_med.brainage.report import write_report
+from emoe_med.brainage.shared import write_shared_metrics
 from emoe_med.brainage.strata import first_sessions
 from emoe_med.data.contract import contract_digest
 from emoe_med.data.manifest import Manifest

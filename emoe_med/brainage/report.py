@@ -16,7 +16,6 @@ from typing import Any
 import pandas as pd
 
 from emoe_med.brainage import report_figures as figures
-from emoe_med.brainage.metrics import MIN_PERSONS
 from emoe_med.brainage.report_contract import interval_section, refused_section
 from emoe_med.brainage.report_page import (
     cell,
@@ -29,6 +28,7 @@ from emoe_med.brainage.report_page import (
     section,
     table,
 )
+from emoe_med.brainage.shared import without_small_groups
 from emoe_med.config import read_yaml
 from emoe_med.errors import DataError, Fault
 from emoe_med.training.journal import read_journal
@@ -99,7 +99,7 @@ def write_report(run_dir: Path, shared: bool = False) -> Path:
     sections = [
         _headline(metrics),
         "" if shared else _figures(predictions["test"], metrics),
-        _strata(_without_small_groups(metrics) if shared else metrics),
+        _strata(without_small_groups(metrics) if shared else metrics),
         interval_section(metrics),
         _corrected(metrics),
         _routing(metrics),
@@ -114,34 +114,6 @@ def write_report(run_dir: Path, shared: bool = False) -> Path:
     path = run_dir / "report" / ("shared" if shared else "") / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, html.encode("utf-8"))
-    return path
-
-
-def _without_small_groups(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out strata whose error is that of a handful of persons."""
-    return {
-        key: {name: found for name, found in value.items() if found["mae"]["n"] >= MIN_PERSONS}
-        if key.startswith("by_")
-        else value
-        for key, value in metrics.items()
-    }
-
-
-def shared_metrics(run_dir: Path) -> dict[str, Any]:
-    """Return what metrics.json of an evaluated run holds, without small groups and exact ages."""
-    metrics = _without_small_groups(json.loads((run_dir / "metrics.json").read_text("utf-8")))
-    for found in (metrics.get("counts") or {}).values():
-        found.pop("age_low", None)
-        found.pop("age_high", None)
-    return metrics
-
-
-def write_shared_metrics(run_dir: Path) -> Path:
-    """Write ``report/shared/metrics.json``: see `shared_metrics`."""
-    metrics = shared_metrics(run_dir)
-    path = run_dir / "report" / "shared" / "metrics.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, (json.dumps(metrics, indent=1) + "\n").encode())
     return path
 
 

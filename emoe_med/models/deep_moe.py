@@ -82,6 +82,8 @@ class DeepMoE(nn.Module):
     def hold_gating(self, held: bool) -> None:
         """Begin or end the second stage, in which embedding and gates stand still and only the network learns."""
         self.held = held
+        for part in (self.embedding, self.gate, self.answer):
+            part.requires_grad_(not held)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
@@ -97,9 +99,8 @@ class DeepMoE(nn.Module):
         Until the gating is held, `aux_loss` is the sparsity loss and `side_output` the embedding's own answer. A single
         sample outside training runs without the channels that are off; in a batch these are multiplied by zero.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.held):
-            embedded = self._embedded(image)
-            gates = self._gates(embedded)
+        embedded = self._embedded(image)
+        gates = self._gates(embedded)
         alone = not self.training and len(image) == 1
         with gated(self.net.places(), gates, skip=alone):
             out = self.net(image)

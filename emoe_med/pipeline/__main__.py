@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from emoe_med.training.cli import say, verb
+from emoe_med.training.record_cli import sync, ui
 
 app = typer.Typer(
     add_completion=False,
@@ -20,6 +21,7 @@ app = typer.Typer(
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="pipeline file, as pipelines/comparison_ixi.yaml")]
 OutOption = Annotated[Path, typer.Option("--out", help="folder of all runs, their cache and the tracking store")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print a machine-readable table")]
 OnlyOption = Annotated[
     list[str] | None, typer.Option("--only", help="runs whose arm or arm/run fits, as 'emoe*' or '*/seed0-fold0'")
 ]
@@ -106,7 +108,7 @@ def status(file: FileArgument, only: OnlyOption = None, out: OutOption = Path("r
 def table(
     file: FileArgument,
     out: OutOption = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="print a machine-readable table")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Make the table anew from what the runs left, and print it; runs that are not done are left out.
 
@@ -132,20 +134,27 @@ def table(
 
 @app.command()
 @verb
-def sync(
-    out: OutOption = Path("runs"),
-    uri: Annotated[str | None, typer.Option("--uri", help="another tracking address; it gets all of it")] = None,
-    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="permit another machine, by https")] = False,
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="folders of arms or of single runs; the first is the control")],
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", help="as test/top1 or routing/cv; without any the tasks' headlines")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Send MLflow what it lacks of the pipelines and their runs; each event once.
+    """Compare any finished runs, of one pipeline, of several or of none; the table is printed and not kept.
 
-    Example: python -m emoe_med.pipeline sync --out runs
+    Example: python -m emoe_med.pipeline compare runs/digits_dense runs/digits_emoe
     """
-    from emoe_med.training.ui import sync_runs
+    from emoe_med.pipeline.compare import compare as compared
+    from emoe_med.pipeline.page import markdown
+    from emoe_med.pipeline.table import as_json as cells
 
-    for line in sync_runs(out, uri, allow_remote):
-        say(line)
+    pipeline, found, columns = compared(runs, metric or ())
+    say(json.dumps(cells(columns), indent=1) if as_json else markdown(pipeline, found, columns, Path()))
 
+
+app.command()(ui)
+app.command()(sync)
 
 if __name__ == "__main__":
     app(prog_name="python -m emoe_med.pipeline")

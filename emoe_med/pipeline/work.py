@@ -72,6 +72,8 @@ def fill_cache(
 def in_child(work: Work, environment: Mapping[str, str]) -> None:
     """Do a piece of work in a new process: print into its log, and stop when the parent is gone."""
     os.environ.update(environment)
+    # loader workers start as under a verb run by hand; those of a fork server would outlive a work that is killed
+    multiprocessing.set_start_method(None, force=True)
     work.log.parent.mkdir(parents=True, exist_ok=True)
     with work.log.open("ab", buffering=0) as log:
         for stream in (1, 2):

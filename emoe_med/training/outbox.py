@@ -20,7 +20,7 @@ from emoe_med.training.journal import read_journal
 from emoe_med.training.run_folder import replace_file
 
 if TYPE_CHECKING:
-    from emoe_med.training.tracking import MlflowStore
+    from emoe_med.training.mlflow_store import MlflowStore
 
 LOG = logging.getLogger("emoe_med")
 KEY_TAG = "emoe_med.key"  # our own name of a run, known before MLflow gave it a number

@@ -70,6 +70,13 @@ class Machine:
         dist.all_gather(parts, padded, group=self.waiting)
         return [json.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
+    def from_first(self, values: Tensor) -> Tensor:
+        """Return on every rank what the first has: values [...] of one shape on all, on the CPU."""
+        if self.world_size > 1:
+            values = values.clone()
+            dist.broadcast(values, 0, group=self.waiting)
+        return values
+
     def wait(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:

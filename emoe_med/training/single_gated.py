@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,14 +71,14 @@ def fit_run(
     """Train in one go, or a single-gated mixture in phases; arguments, result and errors are those of `loop.fit`."""
     if options is None:
         return fit(task, config, run_dir, tracker, resume)
-    with joined() as machine, machine.together():
-        if machine.world_size > 1:
-            reason = "a single-gated mixture trains in one process: its experts are small and wait for nobody"
-            raise ConfigError(Fault("RUN-RANKS", reason, hint="run it without torchrun"))
-    folder = CheckpointFolder(run_dir).find("last") if resume else None
-    if folder is None:
-        folder = _Phases(task, config, options, run_dir, tracker).train(resume)
-    shutil.rmtree(run_dir / PHASES, ignore_errors=True)
+    with joined() as machine:
+        folder = None
+        with machine.together():
+            folder = CheckpointFolder(run_dir).find("last") if resume else None
+        if folder is None:
+            folder = _Phases(task, config, options, run_dir, tracker, machine).train(resume)
+        if machine.first:
+            shutil.rmtree(run_dir / PHASES, ignore_errors=True)
     weights, state = load_model_state(folder)
     model, position = task.build_model(), Position(**state["position"])
     load_model_weights(model, weights, folder)
@@ -100,16 +99,18 @@ class _Phases:
     options: SingleGatedConfig
     run_dir: Path
     tracker: Record
+    machine: Machine
 
     def train(self, resume: bool) -> Path:
         """Train what is not trained yet, put the whole together, and return its checkpoint."""
-        task, options, count = self.task, self.options, self.options.num_experts
-        if len(task.train_data) < count:
-            reason = f"{count} experts need as many training samples; there are {len(task.train_data)}"
-            raise ConfigError(Fault("CFG-EXPERTS", reason, hint="lower single_gated.num_experts"))
-        with self._machine() as machine:
-            facts = {"seed": self.config.seed, "precision": self.config.precision, "world_size": machine.world_size}
-            write_environment(self.run_dir, machine.device, {**facts, **task.digests})
+        task, options, count, machine = self.task, self.options, self.options.num_experts, self.machine
+        with machine.together():
+            if len(task.train_data) < count:
+                reason = f"{count} experts need as many training samples; there are {len(task.train_data)}"
+                raise ConfigError(Fault("CFG-EXPERTS", reason, hint="lower single_gated.num_experts"))
+            if machine.first:
+                facts = {"seed": self.config.seed, "precision": self.config.precision, "world_size": machine.world_size}
+                write_environment(self.run_dir, machine.device, {**facts, **task.digests})
         base = self._fit("base", task.plain(), resume, epochs=options.base_epochs(self.config.epochs))
         network = task.inside(base.model).requires_grad_(False)
         digests = {**task.digests, "base": _digest(base)}
@@ -121,7 +122,7 @@ class _Phases:
         gate = self._fit("gate", GateTask(task, gate_on_base, digests), epochs=options.gate_epochs, select="last")
         digests = {**digests, "gate": _digest(gate)}
 
-        train, val = (_sent(gate.model, part) for part in (features, held_out))
+        train, val = (machine.from_first(_sent(gate.model, part)).numpy() for part in (features, held_out))
         train = noisy(train, count, options.noise, self.config.seed)
         where = [tuple(np.flatnonzero(part == k) for part in (train, val)) for k in range(count)]
         experts = [self._expert(k, network, *samples, digests) for k, samples in enumerate(where)]
@@ -139,44 +140,42 @@ class _Phases:
     def _expert(
         self, number: int, network: Any, train: np.ndarray, val: np.ndarray, digests: Mapping[str, str]
     ) -> tuple[Any, int]:
-        """Train one expert; returns it with its optimiser steps. Without two samples it stays the copy that it is."""
+        """Train one expert; returns it with its steps. Without two samples a rank it stays the copy that it is."""
         name, config, stages = f"E{number:02d}", self.config, self.options.stages
         self.tracker.metrics(0, {f"expert/{name}/samples": len(train)})
-        if len(train) < 2:  # batch norm needs them
+        share = len(train) // self.machine.world_size
+        if share < 2:  # batch norm needs them
             LOG.warning("expert %s has %d training samples: it stays as the network", name, len(train))
             return network.tail(stages), 0
         task = PartTask(
             self.task, lambda: self.task.around(ExpertOnBase(network, stages)), digests, train.tolist(), val.tolist()
         )
-        batch = min(config.batch_size, len(train))
+        batch = min(config.batch_size, share)
         found = self._fit(
             name,
             task,
             epochs=self.options.expert_epochs,
             lr=config.lr * self.options.expert_lr_share,
             batch_size=batch,
-            accumulate=min(config.accumulate, len(train) // batch),
+            accumulate=min(config.accumulate, share // batch),
         )
         return self.task.inside(found.model).expert, found.step
 
     def _features(self, network: Any, data: MapDataset) -> Tensor:
-        """Return the pooled features [n, F] of samples as they are, on the CPU."""
-        config, parts = self.config, []
-        with self._machine() as machine, StopSignal() as stop, torch.no_grad():
+        """Return the pooled features [n, F] of samples as they are, on the CPU; to the last bit alike on all ranks."""
+        config, machine, parts = self.config, self.machine, []
+        flags = {"seed": config.seed, "deterministic": config.deterministic, "threads": config.threads}
+        with prepared(**flags), StopSignal() as stop, torch.no_grad():
             for batch in read_batches(make_loader(data, config.batch_size, config.workers)):
                 moved = {k: v.to(machine.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 image = self.task.prepare(moved, False, torch.zeros_like(batch["row"]))["image"]
                 with torch.autocast(machine.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     features = network.beyond(network.until(image, 0), 0)
                 parts.append(features.float().flatten(1).cpu())
-                if stop.code:
+                if machine.any(stop.code)[0]:
                     fault = Fault("RUN-STOPPED", "stopped between phases", str(self.run_dir), hint="resume to go on")
-                    raise Interrupted(stop.code, fault)
-        return torch.cat(parts)
-
-    def _machine(self) -> AbstractContextManager[Machine]:
-        config = self.config
-        return prepared(seed=config.seed, deterministic=config.deterministic, threads=config.threads)
+                    machine.agree(Interrupted(stop.code, fault) if stop.code else None)
+        return machine.from_first(torch.cat(parts))
 
     def _keep(self, base: FitResult, gate: FitResult, experts: list[Any], steps: int) -> Path:
         """Put the parts together and keep the whole as the run's checkpoint."""
@@ -188,15 +187,20 @@ class _Phases:
         position = Position(epoch=self.config.epochs, step=steps, best=base.best, history=base.history)
         about = {"digests": dict(self.task.digests), "meta": self.task.meta}
         state = {"step": steps, "position": asdict(position), **about}
-        folder = CheckpointFolder(self.run_dir).save(model.state_dict(), {}, state, best=True)
-        self.tracker.note("checkpoint", folder=folder.name)
+        checkpoints = CheckpointFolder(self.run_dir)
+        with self.machine.together():
+            if self.machine.first:
+                written = checkpoints.save(model.state_dict(), {}, state, best=True)
+                self.tracker.note("checkpoint", folder=written.name)
+        folder = checkpoints.find("last")
+        assert folder is not None
         return folder
 
 
 @torch.no_grad()
-def _sent(model: Any, features: Tensor) -> np.ndarray:
+def _sent(model: Any, features: Tensor) -> Tensor:
     """Return the expert [n] that the gate sends samples to, from their pooled features [n, F]."""
-    return model.gate(features.to(model.gate.weight.device)).argmax(1).cpu().numpy()
+    return model.gate(features.to(model.gate.weight.device)).argmax(1).cpu()
 
 
 def _digest(phase: FitResult) -> str:

@@ -68,7 +68,8 @@ class Trainer:
         if config.ema_decay is not None:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.optimizer = optim.build_optimizer(model, config.lr, config.weight_decay)
-        self._ranked: nn.Module = DistributedDataParallel(model) if ranks > 1 else model
+        self._ranked: nn.Module = model
+        self._learning: list[bool] = []  # of each parameter, as the ranks know it
         self.position = Position()
         self._shapes = "none yet"
         self._pictures: list[Picture] = []  # of the last validation
@@ -99,7 +100,8 @@ class Trainer:
         if metrics is None:
             loss = at.totals.get("loss", math.nan) / max(1, at.updates)
             return f"epoch {at.epoch + 1}/{self.config.epochs}  loss {loss:.4g}"
-        loss = at.history[-1]["values"].get("train/loss") or math.nan
+        loss = at.history[-1]["values"].get("train/loss")
+        loss = math.nan if loss is None else loss
         best = f"best {at.best['value']:.4g} (epoch {at.best['epoch']})" if at.best else "no best yet"
         seconds = time.monotonic() - self._pace[0]
         head = f"epoch {at.epoch}/{self.config.epochs}  step {at.step}  train/loss {loss:.4g}"
@@ -111,12 +113,19 @@ class Trainer:
         begin_epoch = getattr(self.task, "begin_epoch", None)
         if begin_epoch is not None:
             begin_epoch(self.model, self.position.epoch)
+        self._join_ranks()
         self._pace = (time.monotonic(), 0)
         self.sampler.epoch, self.sampler.cursor = self.position.epoch, self.position.batch
         if self.position.batch < len(self.sampler):
             batches = read_batches(self._train_loader)
             while step := self._read(batches):
                 yield step
+
+    def _join_ranks(self) -> None:
+        """Wrap the model for several ranks, and anew where other parameters learn: each that does is waited for."""
+        learning = [parameter.requires_grad for parameter in self.model.parameters()]
+        if self.machine.world_size > 1 and learning != self._learning:
+            self._ranked, self._learning = DistributedDataParallel(self.model), learning
 
     def _read(self, batches: Iterator[Batch]) -> list[Batch]:
         """Read the micro-batches of one step; where one rank cannot, none goes on."""

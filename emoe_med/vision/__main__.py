@@ -10,6 +10,7 @@ import typer
 
 from emoe_med.errors import ConfigError, Fault
 from emoe_med.training.cli import say, verb
+from emoe_med.training.record_cli import sync, ui
 
 app = typer.Typer(
     add_completion=False,
@@ -192,20 +193,8 @@ def _constants(option: str, text: str) -> tuple[float, ...]:
         raise ConfigError(Fault("CLI-NUMBERS", f"{option} {text}: expected numbers, as 0.5,0.5,0.5")) from None
 
 
-@app.command()
-@verb
-def ui(
-    out: OutOption = Path("runs"),
-    port: Annotated[int, typer.Option("--port", min=1024, max=65535)] = 5000,
-) -> None:
-    """Serve the tracked runs on this machine alone and print where to look.
-
-    Example: python -m emoe_med.vision ui --out runs
-    """
-    from emoe_med.training.ui import serve_runs
-
-    serve_runs(out, port, say)
-
+app.command()(ui)
+app.command()(sync)
 
 if __name__ == "__main__":
     app(prog_name="python -m emoe_med.vision")

@@ -5,11 +5,10 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from command_line import typed
 
 from emoe_med.brainage.__main__ import app
 from emoe_med.brainage.inference import TrainedModel
-from emoe_med.data.cohort import write_cohort
 
 RUN = """
 name: tiny_gated
@@ -29,15 +28,7 @@ tracking: {mlflow: false}
 """
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return result
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory):
-    return write_cohort(tmp_path_factory.mktemp("cohort") / "synthetic", persons=18, seed=5, spacing_mm=8.0)
+run = typed(app)
 
 
 @pytest.fixture(scope="module")

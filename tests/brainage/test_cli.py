@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from command_line import typed
 from typer.testing import CliRunner
 
 from emoe_med.brainage.__main__ import app
@@ -31,10 +32,7 @@ tracking: {{mlflow: {mlflow}}}
 LAYER = ", moe: {after_block: 1, num_experts: 3, router: {kind: eigen, rank: 3}, experts: {kind: mlp, hidden: 2}}"
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return result
+run = typed(app)
 
 
 def write_config(folder: Path, name: str, moe: str = "", mlflow: str = "false") -> Path:

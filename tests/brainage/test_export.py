@@ -12,13 +12,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import typed
 
 from emoe_med.brainage import bundle as bundles
 from emoe_med.brainage.__main__ import app
 from emoe_med.brainage.export import export
 from emoe_med.brainage.selftest import drawn_scan, measure, other_versions, selftest
-from emoe_med.data.cohort import write_cohort
 from emoe_med.data.prepare import Preparation
 from emoe_med.errors import CheckpointError
 from emoe_med.training.amend import amend
@@ -41,15 +40,7 @@ tracking: {mlflow: false}
 """
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return result
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory):
-    return write_cohort(tmp_path_factory.mktemp("cohort") / "synthetic", persons=24, seed=5, spacing_mm=8.0)
+run = typed(app)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import typed
 
 from emoe_med.brainage import inference
 from emoe_med.brainage.__main__ import app
@@ -35,10 +35,7 @@ tracking: {mlflow: false}
 """
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return result
+run = typed(app)
 
 
 def ages(run_dir: Path, source: Path, out: Path, code=0) -> pd.DataFrame:

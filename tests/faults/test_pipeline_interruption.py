@@ -1,6 +1,7 @@
 """A pipeline killed in training, scoring and probing ends, started again, with the table of one left alone."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -42,35 +43,55 @@ def start(folder, out):
     return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
 
 
-def trained(out):
+def trained(out, share):
     """Whether a run has finished an epoch and its training goes on."""
     journals = [path.read_bytes() for path in out.glob("*/*/seed*/journal.jsonl")]
     return any(b'"metrics"' in text and b"FINISHED" not in text for text in journals)
 
 
-def evaluated(out):
+def evaluated(out, share):
     return any(out.glob("*/*/seed*/metrics.json"))
 
 
-def probed(out):
+def probed(out, share):
     return any(out.glob("*/*/seed*/fewshot/digits.json"))
+
+
+class AnyTime:
+    """At a random share of the time that the whole pipeline took."""
+
+    def __init__(self):
+        self.moment = random.random()
+
+    def __call__(self, out, share):
+        return share > self.moment
+
+    def __repr__(self):
+        return f"at {self.moment:.4f} of the time"
 
 
 @pytest.mark.parametrize(
     ("number", "moments"),
-    [(signal.SIGKILL, [trained, evaluated, probed]), (signal.SIGTERM, [trained])],
-    ids=["SIGKILL", "SIGTERM"],
+    [
+        (signal.SIGKILL, [trained, evaluated, probed]),
+        (signal.SIGKILL, [AnyTime(), AnyTime(), AnyTime(), AnyTime()]),
+        (signal.SIGTERM, [trained]),
+    ],
+    ids=["SIGKILL", "SIGKILL at any time", "SIGTERM"],
 )
 def test_killed_and_started_again_it_ends_with_the_same_table(tmp_path, number, moments):
     (tmp_path / "vision").mkdir()
     (tmp_path / "vision" / "tiny.yaml").write_text(CONFIG)
     (tmp_path / "killed.yaml").write_text(PIPELINE)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    began = time.monotonic()
     assert start(tmp_path, whole).wait() == 0
+    took_s = time.monotonic() - began
     kills = 0
+    print(moments)
     for moment in moments:
-        child = start(tmp_path, killed)
-        while child.poll() is None and not moment(killed):
+        began, child = time.monotonic(), start(tmp_path, killed)
+        while child.poll() is None and not moment(killed, (time.monotonic() - began) / took_s):
             time.sleep(0.002)
         child.send_signal(number)
         kills += child.wait(120) == (-signal.SIGKILL if number == signal.SIGKILL else 143)

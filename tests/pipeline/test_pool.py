@@ -1,7 +1,13 @@
 """Work side by side: exit codes, logs, GPUs in turn, no more at a time than asked for."""
 
+import signal
 import subprocess
+import sys
+import time
 from functools import partial
+from pathlib import Path
+
+import pytest
 
 from emoe_med.pipeline.pool import THREAD_VARIABLES, Pool
 from emoe_med.pipeline.work import Work
@@ -33,3 +39,44 @@ def test_processes_share_gpus_and_end_with_their_codes(tmp_path, monkeypatch):
     assert max(map(int, (tmp_path / "most").read_text().split())) <= 3
     assert (tmp_path / "logs" / "fails.log").read_text() == "told\n"
     assert "FileNotFoundError" in (tmp_path / "logs" / "raises.log").read_text()
+
+
+READER = """
+import os, sys, time
+from functools import partial
+from pathlib import Path
+from torch.utils.data import DataLoader
+from emoe_med.pipeline.pool import Pool
+from emoe_med.pipeline.work import Work
+
+class Slow:
+    def __len__(self):
+        return 10**6
+    def __getitem__(self, index):
+        Path(sys.argv[1], f"{os.getpid()}").touch()
+        time.sleep(0.01)
+        return index
+
+def read():
+    Path(sys.argv[1], f"{os.getpid()}").touch()
+    return sum(int(batch) for batch in DataLoader(Slow(), batch_size=None, num_workers=1))
+
+if __name__ == "__main__":
+    Pool(1, []).run([Work("reads", Path(sys.argv[1]) / "log.txt", read)], print)
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_it_leaves_no_process_behind(tmp_path, number):
+    (tmp_path / "reader.py").write_text(READER)
+    pool = subprocess.Popen([sys.executable, tmp_path / "reader.py", tmp_path], cwd=Path(__file__).parents[2])
+    while len(pids := [path.name for path in tmp_path.iterdir() if path.name.isdigit()]) < 2:
+        assert pool.poll() is None
+        time.sleep(0.05)
+    pool.send_signal(number)
+    pool.wait(120)
+    deadline = time.monotonic() + 120
+    while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.2)

@@ -6,7 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from emoe_med.pipeline.page import lines, write_pages
+from emoe_med.errors import ConfigError, DataError
+from emoe_med.pipeline.compare import compare
+from emoe_med.pipeline.page import lines, markdown, write_pages
 from emoe_med.pipeline.plan import plan, read_pipeline
 from emoe_med.pipeline.table import make_table
 
@@ -178,3 +180,33 @@ def test_what_does_not_beat_guessing_is_called_plumbing(made):
     pipeline, jobs, out = made(arms, emoe_4mm={"guess": 4.1}, dense_adapter_4mm={"guess": 4.9})
     text = write_pages(pipeline, jobs, make_table(pipeline, jobs, out), out)
     assert "PLUMBING ONLY, not better than guessing beyond the interval: EMoE, MAE, years." in text
+
+
+def test_any_runs_can_be_compared(made):
+    arms = {
+        "cnn3d_4mm": sizes,
+        "emoe_4mm": lambda rows, seed: sizes(rows, seed) + 1.5,
+        "dense_adapter_4mm": lambda rows, seed: sizes(rows, seed) - 0.5 - rows % 2,
+    }
+    _, jobs, out = made(arms)
+    plain, routed, adapter = (out / job.arm.folder for job in jobs[:3])
+    pipeline, runs, columns = compare([plain, routed / "seed1-fold0", routed / "seed1-fold1", adapter])
+    cells = by_row(columns)
+    one = cells[f"{routed.name}/seed1-fold0"]
+    assert one.own["value"] == pytest.approx(5.5)
+    assert (one.done, one.own["n"], one.difference["seeds"]) == (1, PERSONS, 1)
+    assert one.difference["value"] == pytest.approx(1.5)  # with the same persons of the control's same seed
+    assert cells["dense_adapter_4mm"].difference["value"] == pytest.approx(-1.0)
+    assert cells["dense_adapter_4mm"].wins
+    assert "| cnn3d_4mm | 4.00 [" in markdown(pipeline, runs, columns, out)
+
+
+def test_what_cannot_be_compared_is_named(made, tmp_path):
+    _, jobs, out = made({name: sizes for name in ("cnn3d_4mm", "emoe_4mm", "dense_adapter_4mm")})
+    run = out / jobs[0].folder
+    with pytest.raises(DataError, match="CMP-NONE"):
+        compare([run, tmp_path])
+    with pytest.raises(DataError, match="stands twice"):
+        compare([run, run.parent / "." / run.name])
+    with pytest.raises(ConfigError, match="CLI-METRIC"):
+        compare([run], ["test/mse"])

@@ -416,7 +416,7 @@ class Shaky:
 
 
 def test_whatever_call_fails_everything_arrives_once(out):
-    from emoe_med.training.tracking import MlflowStore
+    from emoe_med.training.mlflow_store import MlflowStore
 
     uri = f"sqlite:///{out}/mlflow.db"
     experiments = set()

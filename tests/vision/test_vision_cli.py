@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from command_line import typed
 from PIL import Image
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from emoe_med.data.images import list_images
 from emoe_med.models.vit import ViT, ViTOptions
@@ -34,10 +34,7 @@ tracking: {{mlflow: false}}
 LAYER = ", moe: {blocks: [0, 1], num_experts: 3, router: {kind: eigen, rank: 3}, experts: {kind: mlp, hidden: 4}}"
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return result
+run = typed(app)
 
 
 def errors(result):

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from command_line import typed
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from emoe_med.data.images import ImageDataset, list_images
 from emoe_med.errors import Interrupted
@@ -36,10 +36,7 @@ tracking: {mlflow: false}
 GATING = ", gating: {embedding: [12, 16], sparsity: 1e-2, held_share: 0.34}"
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return result
+run = typed(app)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from command_line import typed
 from sklearn.metrics import normalized_mutual_info_score
-from typer.testing import CliRunner
 
 from emoe_med.data.images import ImageDataset, list_images
 from emoe_med.vision.__main__ import app
@@ -29,10 +29,7 @@ tracking: {mlflow: false}
 """
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return result
+run = typed(app)
 
 
 @pytest.fixture(scope="module")

@@ -67,15 +67,16 @@ def fewshot(
     for shot in shots:
         report[str(shot)] = {}
         for kind in train:
-            found: dict[str, list[float]] = {"ridge": [], "nearest_mean": []}
+            found: dict[str, list[float]] = {name: [] for name in (*PROBES, "nearest_mean")}
             for draw in range(draws):
                 support, held = (np.searchsorted(wanted, part) for part in chosen[shot, draw])
                 x, y = train[kind][support], train_labels[support]
-                probe = Ridge(x, y, len(listing.classes))
-                accuracies = probe.accuracies(train[kind][held], train_labels[held])
-                # of equally good penalties the largest
-                best = len(accuracies) - 1 - int(np.argmax(accuracies[::-1]))
-                found["ridge"].append(probe.accuracies(test[kind], test_labels)[best])
+                for probe_name, fit in PROBES.items():
+                    probe = fit(x, y, len(listing.classes))
+                    accuracies = [probe.accuracy(i, train[kind][held], train_labels[held]) for i in range(probe.count)]
+                    # of equally good penalties the largest
+                    best = probe.count - 1 - int(np.argmax(accuracies[::-1]))
+                    found[probe_name].append(probe.accuracy(best, test[kind], test_labels))
                 found["nearest_mean"].append(nearest_mean(x, y, test[kind], test_labels))
             report[str(shot)][kind] = {
                 probe: {**_interval(values), "by_draw": values, "classes": len(listing.classes)}
@@ -125,6 +126,8 @@ class Ridge:
     Features are standardised by the supports; a constant feature of 100 is a bias that is hardly penalised.
     """
 
+    count = len(PENALTIES)
+
     def __init__(self, x: np.ndarray, y: np.ndarray, classes: int) -> None:
         self.centre, self.scale = x.mean(0), x.std(0) + 1e-5
         x = self._standardised(x)
@@ -138,16 +141,16 @@ class Ridge:
     def _standardised(self, x: np.ndarray) -> np.ndarray:
         return np.column_stack([(x - self.centre) / self.scale, np.full(len(x), 100.0)])
 
-    def accuracies(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Return the accuracy in percent under each penalty."""
-        x = self._standardised(x)
-        return np.array([100 * np.mean((x @ weight).argmax(1) == y) for weight in self.weights])
+    def accuracy(self, penalty: int, x: np.ndarray, y: np.ndarray) -> float:
+        """Return the accuracy in percent under a penalty, by its place among them."""
+        return 100 * float(np.mean((self._standardised(x) @ self.weights[penalty]).argmax(1) == y))
 
 
 class Logistic:
     """Multinomial logistic regression (scikit-learn) for all penalties; features are standardised by the supports."""
 
     INVERSE = 10.0 ** np.arange(2, -5, -1)  # C, so that penalties rise
+    count = len(INVERSE)
 
     def __init__(self, x: np.ndarray, y: np.ndarray, classes: int) -> None:
         del classes  # every class has supports
@@ -156,9 +159,9 @@ class Logistic:
             for inverse in self.INVERSE
         ]
 
-    def accuracies(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Return the accuracy in percent under each penalty."""
-        return np.array([100 * fit.score(x, y) for fit in self.fits])
+    def accuracy(self, penalty: int, x: np.ndarray, y: np.ndarray) -> float:
+        """Return the accuracy in percent under a penalty, by its place among them."""
+        return 100 * float(self.fits[penalty].score(x, y))
 
 
 PROBES = {"ridge": Ridge, "logistic": Logistic}

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from emoe_med.errors import CheckpointError
-from emoe_med.models.vit import ViT, ViTOptions
+from emoe_med.models.vit import SIZES, ViT, ViTOptions
 from emoe_med.models.weights import ViTWeights, load_weights, read_foreign, read_weights, resized, write_weights
 from emoe_med.moe import EigenOptions, EigenRouter, LinearOptions, LinearRouter, MLPExperts, MLPOptions, MoELayer
 
@@ -235,9 +235,16 @@ except ImportError:
     sys.exit(77)
 from safetensors.torch import save_file
 torch.manual_seed(0)
-arms = {"plain": {}, "mean": {"global_pool": "avg", "fc_norm": False}, "registers": {"reg_tokens": 4}}
+arms = {
+    "tiny": {},
+    "small": {},
+    "base": {},
+    "mean": {"global_pool": "avg", "fc_norm": False},
+    "registers": {"reg_tokens": 4},
+}
 for name, options in arms.items():
-    made = timm.create_model("vit_tiny_patch16_224", num_classes=9, img_size=64, **options).eval()
+    size = "tiny" if options else name
+    made = timm.create_model(f"vit_{size}_patch16_224", num_classes=9, img_size=64, **options).eval()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     image = torch.randn(2, 3, 64, 64)
@@ -254,10 +261,16 @@ def test_logits_equal_those_of_timm(tmp_path):
     assert done.returncode == 0, done.stderr
     from safetensors.torch import load_file
 
-    for name, options in {"plain": {}, "mean": {"pool": "mean"}, "registers": {"registers": 4}}.items():
+    for name, size, options in (
+        ("tiny", "Ti", {}),
+        ("small", "S", {}),
+        ("base", "B", {}),
+        ("mean", "Ti", {"pool": "mean"}),
+        ("registers", "Ti", {"registers": 4}),
+    ):
         content = load_file(tmp_path / f"{name}.safetensors")
         state = {key.removeprefix("net."): value for key, value in content.items() if key.startswith("net.")}
-        made = ViT(9, ViTOptions((64, 64), 16, 3, 192, 12, 3, **options)).eval()
+        made = ViT(9, ViTOptions((64, 64), 16, 3, *SIZES[size], **options)).eval()
         assert load_weights(made, ViTWeights(state, MEAN, STD), tmp_path)
         with torch.no_grad():
             found = made(content["image"]).output

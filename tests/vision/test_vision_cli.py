@@ -149,9 +149,11 @@ def test_probes_and_heat_map_of_a_run(trained):
     report = json.loads((run_dir / "fewshot" / "digits.json").read_text())
     assert set(report) == {"1", "5"}
     assert set(report["5"]) == {"token", "mean"}
-    best = report["5"]["mean"]["ridge"]
-    assert best["low"] < best["value"] < best["high"]
-    assert best["value"] > 30  # pixels of digits are nearly separable, even behind two epochs
+    assert set(report["5"]["mean"]) == {"ridge", "logistic", "nearest_mean"}
+    for probe in ("ridge", "logistic"):
+        found = report["5"]["mean"][probe]
+        assert found["low"] < found["value"] < found["high"]
+        assert found["value"] > 30  # pixels of digits are nearly separable, even behind two epochs
     assert "CLI-NUMBERS" in run("fewshot", "--run", run_dir, "--shots", "a", code=2).output
     assert "IMG-SHOTS" in run("fewshot", "--run", run_dir, "--shots", "200", code=3).output
     assert "block1" in run("heatmap", "--run", run_dir).output

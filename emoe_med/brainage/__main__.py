@@ -220,6 +220,10 @@ def reliability(
         say(json.dumps(found, indent=1))
         return
     say(f"{found['persons']} persons with {sessions} sessions; {found['left_out']} with fewer left out")
+    if found["repeats"]:
+        say(f"{found['repeats']} scans left out: further runs of a session, of which the first counts")
+    if found["ageless"]:
+        say(f"no brain_pad: {found['ageless']} of the scans used have no age")
     if found["flagged"]:
         say(f"{found['flagged']} of the scans used are flagged by `predict`: look at them first")
     for name in ("predicted_age", "brain_pad"):

@@ -57,7 +57,7 @@ def from_ukb(bulk: Path, table: Path, warped: bool = False) -> BuiltManifest:
             linear = builder.name(item / _TRANSFORM) if not warped and holds(_TRANSFORM) else ""
             record = _record(records[eid], instance)
             exact = _exact_age(records[eid], instance)
-            undated += exact is None
+            undated += exact is None and record["age"] != ""
             record["age"] = exact or record["age"]
             more = {"transform": linear, "warped": "yes" if warped else ""}
             builder.add((eid, instance), item / image, record, item / (mask or image), **more)
@@ -86,6 +86,8 @@ def _choose(holds: Callable[[str], bool], warped: bool) -> tuple[str | None, str
     for stem, brain_alone in _IMAGES.items():
         if holds(f"{stem}.nii.gz") and (mask or brain_alone):
             return f"{stem}.nii.gz", mask, ""
+    if not holds("T1"):
+        return None, None, "no folder T1 in it"
     unusable = holds("T1/unusable")
     return None, None, "marked unusable by UK Biobank" if unusable else "no T1 with a brain mask, and no T1_brain"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from emoe_med.training.run_folder import replace_file
 LOG = logging.getLogger("emoe_med")
 
 COLUMNS = [
-    *("participant_id", "session_id", "image", "status", "reason", "predicted_age", "lower", "upper", "level"),
+    *("row", "participant_id", "session_id", "image", "status", "reason", "predicted_age", "lower", "upper", "level"),
     *("age", "brain_pad", "predicted_age_corrected", "corrected_in_range", "similarity"),
     *("ood_score", "ood_percentile", "in_training", "model", "chain", "contract"),
 ]
@@ -72,7 +73,7 @@ def predict(
         StorageError: The output cannot be written.
     """
     model = predictor.model
-    given, faults = _scans(source, data_root)
+    given, faults, identities = _scans(source, data_root)
     chain = model.chain()
     if chain.mask == "head":
         LOG.warning("note: this model was trained on whole heads, centred but not aligned; masks are not used")
@@ -86,7 +87,7 @@ def predict(
         found = found.assign(**interval.ends(found), level=interval.level)
     refused = [*faults, *unusable]
     found = pd.concat([found, _refused(refused)]) if refused else found
-    found = found.merge(_asked(given, faults), on="row").sort_values("row", kind="stable")
+    found = found.merge(_asked(given, faults, identities), on="row").sort_values("row", kind="stable")
     found["model"] = f"{model.config.name}-seed{model.config.training.seed}"
     found["chain"] = model.contract["chain"]["digest"]
     found["contract"] = contract_digest(model.contract)
@@ -104,19 +105,22 @@ def finish(table: pd.DataFrame, output: Path) -> None:
         raise typer.Exit(EXIT_PARTIAL)
 
 
-def _scans(source: Path, data_root: Path | None) -> tuple[list[Scan], list[Fault]]:
-    """Return the scans of a file, folder or manifest, and the faults of those that its table already refuses."""
+Identities = Mapping[int, tuple[str, str]]  # participant and session by row
+
+
+def _scans(source: Path, data_root: Path | None) -> tuple[list[Scan], list[Fault], Identities]:
+    """Return the scans of a file, folder or manifest, the faults of those that its table already refuses, and whose."""
     if source.is_dir():
-        return scans_in(source), []
+        return scans_in(source), [], {}
     if source.suffix.lower() not in (".csv", ".tsv"):
-        return [_scan_of(source)], []
+        return [_scan_of(source)], [], {}
     manifest, faults = inspect_manifest(source, data_root, require_age=False)
     if not manifest.scans:
         raise DataError(*faults or [Fault("PRED-NONE", "no scan in this manifest", str(source))])
     if any(fault.row is None for fault in faults):
         raise DataError(*faults)
     wrong = {fault.row for fault in faults}
-    return [scan for scan in manifest.scans if scan.row not in wrong], list(faults)
+    return [scan for scan in manifest.scans if scan.row not in wrong], list(faults), manifest.identities
 
 
 def _refused(faults: list[Fault]) -> pd.DataFrame:
@@ -126,13 +130,15 @@ def _refused(faults: list[Fault]) -> pd.DataFrame:
     return pd.DataFrame({"row": told.index, "reason": told.to_numpy(), "status": "refused"})
 
 
-def _asked(given: list[Scan], faults: list[Fault]) -> pd.DataFrame:
+def _asked(given: list[Scan], faults: list[Fault], identities: Identities) -> pd.DataFrame:
     """Return whose every row is, as far as the table tells."""
     rows: list[dict[str, Any]] = [
         {"row": s.row, "participant_id": s.participant_id, "session_id": s.session_id, "image": str(s.image)}
         for s in given
     ]
-    rows += [{"row": fault.row, "image": fault.file} for fault in faults]
+    for fault in faults:
+        participant, session = identities.get(fault.row or 0, ("", ""))
+        rows.append({"row": fault.row, "participant_id": participant, "session_id": session, "image": fault.file})
     return pd.DataFrame(rows).drop_duplicates("row")
 
 

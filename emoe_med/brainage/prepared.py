@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from emoe_med.brainage.preprocess import each, process
+from emoe_med.brainage.preprocess import Outcome, each, process
 from emoe_med.brainage.preprocess_files import Outputs
 from emoe_med.data.cache import FileDigests
-from emoe_med.data.prepare import Preparation, require_extra
+from emoe_med.data.prepare import Preparation, lacking_extra, missing_extra, require_extra
 from emoe_med.data.scan import Scan
-from emoe_med.data.sidecar import vouching
+from emoe_med.data.sidecar import prepared_before, vouching
 from emoe_med.errors import Fault, VolumeError
 from emoe_med.training.progress import counted
 
@@ -30,7 +30,9 @@ def prepared_like(
 ) -> tuple[list[Scan], list[Fault]]:
     """Put the preprocessed volume, made in the cache, in the place of every raw scan.
 
-    What `preprocess` wrote is left as it is, by whatever steps: the contract tells them apart.
+    What `preprocess` wrote is left as it is, by whatever steps: the contract tells them apart. A head that was
+    stripped before, by another tool, or a volume that was altered since cannot go the full path: it goes the light
+    one, which mends orientation, spacing and scale, and the contract flags it.
 
     Args:
         contract: Of the model; where its training scans were not preprocessed, nothing is done.
@@ -42,7 +44,7 @@ def prepared_like(
         The scans that can be used, in their order, and the faults of the others, each with its row.
 
     Raises:
-        ConfigError: PREP-EXTRA, packages of the full path are missing.
+        ConfigError: PREP-EXTRA, packages of the full path are missing, and no scan can do without.
     """
     steps = contract.get("strip", {}).get("prepared")
     if steps is None:
@@ -52,23 +54,43 @@ def prepared_like(
     raw = {scan.row: scan for scan in scans if vouching(scan.image, scan.mask or scan.labels, digests.of) is None}
     if not raw:
         return list(scans), []
-    preparation = Preparation.of(steps)
-    if preparation.path == "full":
-        require_extra()
     LOG.warning("note: scans that are preprocessed first, as the training scans of this model were: %d", len(raw))
+    usual = Preparation.of(steps)
+    full = usual.path == "full"
+    stripped = {row: scan for row, scan in raw.items() if full and prepared_before(scan.image)}
+    whole = {row: scan for row, scan in raw.items() if row not in stripped}
+    made: dict[int, tuple[Outcome, Scan]] = {}
+    if full and whole and missing_extra():
+        if len(whole) == len(scans):
+            require_extra()
+        made |= {row: (Outcome(row, (lacking_extra(str(scan.image), row),)), scan) for row, scan in whole.items()}
+    else:
+        made |= _prepare(whole, usual, cache_dir, digests, jobs)
+    stripped |= {row: raw[row] for row, (outcome, _) in made.items() if outcome.broke("VOL-STRIPPED")}
+    if stripped:
+        LOG.warning("note: of these stripped before, which go without strip and bias field: %d", len(stripped))
+        own = {row: replace(scan, mask=scan.mask or scan.labels or scan.image) for row, scan in stripped.items()}
+        made |= _prepare(own, replace(usual, path="light"), cache_dir, digests, jobs)
+    usable = [scan for scan in scans if scan.row not in made or not made[scan.row][0].faults]
+    kept = [made[scan.row][1] if scan.row in made else scan for scan in usable]
+    return kept, [fault for outcome, _ in made.values() for fault in outcome.faults]
+
+
+def _prepare(
+    scans: Mapping[int, Scan], preparation: Preparation, cache_dir: Path, digests: FileDigests, jobs: int
+) -> dict[int, tuple[Outcome, Scan]]:
+    """Preprocess scans into the cache; what became of each row, and the scan as it then is."""
     out = cache_dir / f"prepared-{preparation.digest()}"
-    names = {row: _name(scan, digests) for row, scan in raw.items()}
+    names = {row: _name(scan, digests) for row, scan in scans.items()}
     work = partial(process, out=out, preparation=preparation)
-    tasks = [(scan, names[row]) for row, scan in raw.items()]
-    outcomes = {outcome.row: outcome for outcome in each(work, tasks, jobs, counted("preprocessing scans"))}
+    tasks = [(scan, names[row]) for row, scan in scans.items()]
 
     def volume(scan: Scan) -> Scan:
         files = Outputs(names[scan.row], preparation.spacing_mm)
         return replace(scan, image=out / files.image, mask=out / files.mask, labels=None, transform=None, sha256=None)
 
-    usable = [scan for scan in scans if scan.row not in raw or not outcomes[scan.row].faults]
-    kept = [volume(scan) if scan.row in raw else scan for scan in usable]
-    return kept, [fault for outcome in outcomes.values() for fault in outcome.faults]
+    found = each(work, tasks, jobs, counted("preprocessing scans"))
+    return {outcome.row: (outcome, volume(scans[outcome.row])) for outcome in found}
 
 
 def _name(scan: Scan, digests: FileDigests) -> str:

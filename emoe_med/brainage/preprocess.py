@@ -27,6 +27,7 @@ from emoe_med.data.scan import KNOWN, Scan
 from emoe_med.data.table import Refusals, read_table, records
 from emoe_med.data.tree import scans_in
 from emoe_med.errors import ConfigError, DataError, Fault, StorageError, VolumeError
+from emoe_med.training.parent import end_with_parent
 from emoe_med.training.run_folder import claim
 
 FIGURES = (
@@ -51,6 +52,10 @@ class Outcome:
     row: int
     faults: tuple[Fault, ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
+
+    def broke(self, code: str) -> bool:
+        """Tell whether a fault of this code is the reason."""
+        return any(fault.code == code for fault in self.faults)
 
     @property
     def status(self) -> str:
@@ -163,7 +168,9 @@ def each(
         yield from (work(task) for task in progress(tasks))
         return
     lost = []
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(
+        jobs, get_context("spawn"), end_with_parent
+    ) as pool:  # torch's threads do not survive a fork
         try:
             pending = {pool.submit(work, task): task for task in tasks}
             for future in progress(list(pending)):
@@ -174,7 +181,9 @@ def each(
         finally:
             pool.shutdown(cancel_futures=True)
     for task in lost:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # one by one, the guilty one is known
+        with ProcessPoolExecutor(
+            1, get_context("spawn"), end_with_parent
+        ) as pool:  # one by one, the guilty one is known
             try:
                 yield pool.submit(work, task).result()
             except BrokenProcessPool:

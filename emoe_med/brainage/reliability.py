@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from emoe_med.brainage.age_table import session_key
 from emoe_med.brainage.metrics import Bootstrap, Estimate
+from emoe_med.data.scan import person_key
 from emoe_med.errors import DataError, Fault
 
 Z95 = 1.96
@@ -67,22 +69,23 @@ def reliability(predictions: Path, sessions: int = 2, bootstrap: Bootstrap | Non
 
     Args:
         predictions: CSV of `predict` (participant_id, session_id, predicted_age, age), or test.csv of a run
-            (person for participant_id). Rows without a prediction are left out; so are persons with fewer sessions.
+            (person for participant_id). Rows without a prediction are left out; so are persons with fewer sessions,
+            and all runs of a session but the first: two runs of one visit agree better than two visits.
         sessions: How many sessions of a person are used: the first ones by age, else by session_id.
         bootstrap: Draws of persons for the intervals.
 
     Returns:
         ``predicted_age`` and, where every used row has an age, ``brain_pad``: `MEASURES` as estimates; ``persons``,
-        ``sessions``, ``left_out`` (persons with fewer), ``flagged`` (used rows that `predict` wants looked at),
-        ``years_between`` (median of last minus first age).
+        ``sessions``, ``left_out`` (persons with fewer), ``repeats`` (rows of a session beyond its first), ``ageless``
+        (used rows without an age), ``flagged`` (used rows that `predict` wants looked at), ``years_between`` (median
+        of last minus first age).
 
     Raises:
         DataError: No such table (REL-TABLE), or fewer than three persons with that many sessions (REL-FEW).
     """
     bootstrap = bootstrap or Bootstrap()
-    scans = _read(predictions)
-    order = [name for name in ("age", "session_id") if name in scans]
-    scans = scans.sort_values(order, kind="stable") if order else scans
+    given = _read(predictions)
+    scans = _one_a_session(given)
     count = scans.groupby("participant_id").cumcount()
     size = scans.groupby("participant_id")["predicted_age"].transform("size")
     used = scans[(size >= sessions) & (count < sessions)].assign(session=count)
@@ -93,12 +96,30 @@ def reliability(predictions: Path, sessions: int = 2, bootstrap: Bootstrap | Non
     columns = {"predicted_age": used["predicted_age"]}
     found: dict[str, Any] = {"persons": persons, "sessions": sessions}
     found["left_out"] = int(scans["participant_id"].nunique() - persons)
+    found["repeats"] = len(given) - len(scans)
+    found["ageless"] = int(used["age"].isna().sum()) if "age" in used else len(used)
     found["flagged"] = int((used["status"] == "check").sum()) if "status" in used else 0
-    if "age" in used and used["age"].notna().all():
+    if not found["ageless"]:
         columns["brain_pad"] = used["predicted_age"] - used["age"]
         ages = _wide(used, used["age"])
         found["years_between"] = float(np.median(ages[:, -1] - ages[:, 0]))
     return found | {name: _estimates(_wide(used, values), bootstrap) for name, values in columns.items()}
+
+
+def _one_a_session(scans: pd.DataFrame) -> pd.DataFrame:
+    """Keep the first run of each session of a person, in the order of age, else of the numbers in the labels.
+
+    Rows without a session are told apart by age.
+    """
+    label = scans.get("session_id", pd.Series("", scans.index)).fillna("")
+    age = scans.get("age", pd.Series(np.nan, scans.index))
+    scans = scans.assign(
+        participant_id=scans["participant_id"].map(person_key),
+        session=label.map(session_key).where(label != "", age.astype(str)),
+        label=label.str.replace(r"\d+", lambda digits: digits[0].zfill(12), regex=True),
+    )
+    scans = scans.sort_values("label", kind="stable").drop_duplicates(["participant_id", "session"])
+    return scans.sort_values("age", kind="stable") if age.notna().all() else scans
 
 
 def _wide(used: pd.DataFrame, values: pd.Series) -> np.ndarray:

@@ -28,9 +28,10 @@ LOG = logging.getLogger("emoe_med")
 
 
 class FileDigests:
-    """SHA-256 of files, remembered by path, size and time stamp so that a start does not read 50,000 files.
+    """SHA-256 of files, remembered by path, size and time stamps so that a start does not read 50,000 files.
 
-    The memory file names no path: its keys are digests of path, size and time stamp.
+    The time of the last change counts beside that of the last writing, which a copy may take over from another file.
+    The memory file names no path: its keys are digests of these.
     """
 
     def __init__(self, memory: Path) -> None:
@@ -57,7 +58,7 @@ class FileDigests:
     def _stamp(path: Path) -> str:
         file, member = split_member(path)
         stat = file.stat()
-        text = f"{os.path.abspath(file)}|{member}|{stat.st_size}|{stat.st_mtime_ns}"
+        text = f"{os.path.abspath(file)}|{member}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def of(self, path: Path) -> str:

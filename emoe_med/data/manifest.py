@@ -7,11 +7,12 @@ Nothing is repaired or guessed: what is not understood is refused with its row a
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from emoe_med.data.paths import find_data_root
-from emoe_med.data.scan import KNOWN, RowReader, Scan, person_key
+from emoe_med.data.scan import KNOWN, OUTCOME, RowReader, Scan, person_key
 from emoe_med.data.table import Refusals, match_columns, read_table, records, refuse_misspelt
 from emoe_med.errors import DataError, Fault
 
@@ -26,12 +27,18 @@ _ROOT_HINT = "name the folder of the images by --data-root DIR or EMOE_MED_DATA_
 
 @dataclass(frozen=True)
 class Manifest:
-    """A table of scans, known by the SHA-256 of its bytes; ``notes`` tell what a person should know."""
+    """A table of scans, known by the SHA-256 of its bytes.
+
+    Attributes:
+        notes: What a person should know.
+        identities: Participant and session of every row that could be told apart, of refused ones too.
+    """
 
     path: Path
     sha256: str
     scans: tuple[Scan, ...]
     notes: tuple[str, ...] = ()
+    identities: Mapping[int, tuple[str, str]] = field(default_factory=dict)
 
 
 def read_manifest(
@@ -75,7 +82,7 @@ def inspect_manifest(
     _judge_cohort(scans, reader)
     faults = tuple(sorted(reader.refusals.faults, key=lambda fault: fault.row or 0))
     digest = hashlib.sha256(content).hexdigest()
-    return Manifest(path, digest, tuple(scans), tuple(_notes(scans, reader))), faults
+    return Manifest(path, digest, tuple(scans), tuple(_notes(scans, reader)), reader.identities), faults
 
 
 def _read_rows(content: bytes, reader: RowReader) -> list[Scan]:
@@ -85,7 +92,7 @@ def _read_rows(content: bytes, reader: RowReader) -> list[Scan]:
         reader.refusals.add("MAN-EMPTY", "the table is empty")
         return []
     required = ("image", "age") if reader.require_age else ("image",)
-    columns = match_columns(header, KNOWN, required, reader.refusals, line)
+    columns = match_columns(header, KNOWN | OUTCOME, required, reader.refusals, line)
     refuse_misspelt(header, KNOWN, columns, reader.refusals, line)
     scans = []
     num_rows = 0

@@ -134,8 +134,13 @@ def require_extra() -> None:
     Raises:
         ConfigError: PREP-EXTRA, with the command that installs them.
     """
-    if missing := missing_extra():
-        raise ConfigError(Fault("PREP-EXTRA", f"{' and '.join(missing)} not installed", hint=INSTALL))
+    if missing_extra():
+        raise ConfigError(lacking_extra())
+
+
+def lacking_extra(file: str | None = None, row: int | None = None) -> Fault:
+    """Return what to say where the packages of the full path are missing."""
+    return Fault("PREP-EXTRA", f"{' and '.join(missing_extra())} not installed", file, row, hint=INSTALL)
 
 
 def prepare_head(image: Path, mask: Path | None, preparation: Preparation) -> Prepared:

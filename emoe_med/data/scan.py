@@ -22,6 +22,7 @@ COLUMNS = (
     *("weight", "qc_score", "diagnosis", "sha256", "age_unit", "transform", "warped"),
 )
 ALIASES = {"path": "image", "age_years": "age", "subject_id": "participant_id", "eid": "participant_id"}
+OUTCOME = {"status": "status", "reason": "reason"}  # of `preprocess`
 KNOWN = {name: name for name in COLUMNS} | ALIASES
 SEXES = {"f": "F", "female": "F", "m": "M", "male": "M", "o": "O", "other": "O"}
 YES_OR_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
@@ -118,6 +119,7 @@ class RowReader:
         look: Look for the files; otherwise paths are judged by their text alone.
         lost: Images that are not there.
         seen: Identity of a scan or a file, and the first row that has it.
+        identities: Participant and session of every row, of refused ones too.
     """
 
     root: DataRoot
@@ -126,6 +128,7 @@ class RowReader:
     look: bool
     lost: list[str] = field(default_factory=list)
     seen: dict[Hashable, int] = field(default_factory=dict)
+    identities: dict[int, tuple[str, str]] = field(default_factory=dict)
     num_found: int = 0
     num_derived: int = 0
     num_nameless: int = 0
@@ -136,7 +139,7 @@ class RowReader:
         """Read the cells of one line, by column; None where there is no image to open."""
         self.line, self.cells = line, cells
         image, is_new = self._image()
-        participant, session = self._identity()
+        participant, session = self.identities[line] = self._identity()
         scan = Scan(
             row=self.line,
             image=image or Path(),
@@ -244,7 +247,10 @@ class RowReader:
     def _image(self) -> tuple[Path | None, bool]:
         """Return the image, if it can be opened, and whether no row above names the same file."""
         if "image" in self.cells and self._text("image") is None:
-            self._refuse("MAN-PATH", "image is missing")
+            if self._text("status") == "failed":
+                self._refuse("MAN-FAILED", f"preprocessing failed: {printable(self.cells.get('reason', ''))}")
+            else:
+                self._refuse("MAN-PATH", "image is missing")
         found = self._locate("image")
         if found is None:
             return None, True

@@ -66,6 +66,11 @@ def vouching(image: Path, mask: Path | None, digest: Callable[[Path], str]) -> S
     return sidecar if whole else None
 
 
+def prepared_before(image: Path) -> bool:
+    """Tell whether `preprocess` wrote a sidecar for a volume of this name, be the volume as it was or altered since."""
+    return Sidecar.read(_beside(image)) is not None
+
+
 def steps_digest(steps: Mapping[str, Any]) -> str:
     """Return the hash that names a chain of steps."""
     return hashlib.sha256(json.dumps(steps, sort_keys=True).encode()).hexdigest()[:16]

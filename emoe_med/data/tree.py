@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from emoe_med.data.files import DICOM_HINT
 from emoe_med.data.scan import Scan, identity_from_path, is_warped
 from emoe_med.errors import DataError, Fault
 
+LOG = logging.getLogger("emoe_med")
+
 _VOLUME = re.compile(r"\.(nii|nii\.gz|mgz|mgh)$", re.IGNORECASE)
 _NO_HEAD = re.compile(r"(mask|dseg|probseg|labels?|seg|aseg|aparc.*|brain)\.(nii|nii\.gz|mgz|mgh)$", re.IGNORECASE)
 
@@ -17,19 +20,33 @@ _NO_HEAD = re.compile(r"(mask|dseg|probseg|labels?|seg|aseg|aparc.*|brain)\.(nii
 def scans_in(folder: Path, out: Path | None = None) -> list[Scan]:
     """List the T1 heads of a folder, each once, with the brain mask beside it where there is one.
 
-    Recognised, in this order: a FreeSurfer subjects folder (`*/mri/T1.mgz`, else `orig.mgz`, with
-    `brainmask.mgz`), fMRIPrep (`*_desc-preproc_T1w` in native space with `*_desc-brain_mask`), deepmriprep
-    (`brain<scan>` with `mask<scan>`), raw BIDS (`*_T1w`); else every volume whose name is not that of a mask.
+    Recognised: a FreeSurfer subjects folder (`*/mri/T1.mgz`, else `orig.mgz`, with `brainmask.mgz`), fMRIPrep
+    (`*_desc-preproc_T1w` in native space with `*_desc-brain_mask`), deepmriprep (`brain<scan>` with `mask<scan>`),
+    raw BIDS (`sub-*_T1w`); else every volume whose name is not that of a mask. What lies in a folder `derivatives`
+    was made of the heads beside it, and counts where these are missing. How many heads were found is told.
 
     Args:
         folder: To look through, with all folders in it.
         out: Folder of results: what lies there, from a run before, is no head to work on.
 
     Raises:
-        DataError: PREP-NONE, with the line to run where the folder holds DICOM files.
+        DataError: PREP-MIXED, heads of two layouts, which may be the same persons; PREP-NONE, with the line to run
+            where the folder holds DICOM files.
     """
-    for found in (_freesurfer, _fmriprep, _deepmriprep, _bids, _any_volume):
-        if pairs := sorted(pair for pair in found(folder) if not _lies_in(pair[0], out)):
+    found = {
+        layout: sorted(pair for pair in find(folder) if not _lies_in(pair[0], out)) for layout, find in _LAYOUTS.items()
+    }
+    own = {layout: [pair for pair in pairs if not _is_derived(pair[0], folder)] for layout, pairs in found.items()}
+    found = {layout: pairs for layout, pairs in (own if any(own.values()) else found).items() if pairs}
+    if len(found) > 1:
+        what = " and ".join(f"{len(pairs)} {layout}" for layout, pairs in found.items())
+        hint = "give the folder of one of them, or a manifest"
+        raise DataError(Fault("PREP-MIXED", f"holds {what}", file=str(folder), hint=hint))
+    for layout, pairs in found.items() or [
+        ("heads", sorted(p for p in _any_volume(folder) if not _lies_in(p[0], out)))
+    ]:
+        if pairs:
+            LOG.warning("note: %s: %d %s", folder.name, len(pairs), layout)
             return [_scan(folder, row, image, mask) for row, (image, mask) in enumerate(pairs, start=1)]
     if any(_is_dicom(file) for file in sorted(folder.rglob("*"))[:1000]):
         raise DataError(Fault("PREP-NONE", "holds DICOM files", file=str(folder), hint=DICOM_HINT))
@@ -59,9 +76,17 @@ def _deepmriprep(folder: Path) -> Pairs:
 
 
 def _bids(folder: Path) -> Pairs:
-    for image in folder.rglob("*_T1w.nii*"):
-        if "derivatives" not in image.relative_to(folder).parts and "_space-" not in image.name:
+    for image in folder.rglob("sub-*_T1w.nii*"):
+        if not _is_derived(image, folder) and "_desc-" not in image.name:
             yield image, _there(image.with_name(image.name.replace("_T1w", "_desc-brain_mask")))
+
+
+_LAYOUTS = {
+    "heads of FreeSurfer": _freesurfer,
+    "heads of fMRIPrep": _fmriprep,
+    "brains of deepmriprep": _deepmriprep,
+    "raw heads in BIDS": _bids,
+}
 
 
 def _any_volume(folder: Path) -> Pairs:
@@ -83,6 +108,10 @@ def mask_beside(image: Path) -> Path | None:
     names = (f"{bids}_desc-brain_mask", f"{stem}_mask", f"{stem}_brain_mask", "T1_brain_mask", "brainmask")
     places = (image.with_name(name + ending) for name in names for ending in (".nii.gz", ".nii", ".mgz", ".mgh"))
     return next((place for place in places if place.is_file()), None)
+
+
+def _is_derived(image: Path, folder: Path) -> bool:
+    return "derivatives" in image.relative_to(folder).parts
 
 
 def _lies_in(image: Path, out: Path | None) -> bool:

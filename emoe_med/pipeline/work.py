@@ -6,9 +6,7 @@ import importlib
 import logging
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from pathlib import Path
 
 from emoe_med.errors import EXIT_DONE, EXIT_PARTIAL
 from emoe_med.pipeline.plan import Command
+from emoe_med.training.parent import end_with_parent
 from emoe_med.training.run_folder import wait_until_free
 
 LOCK_WAIT_S = 120  # a run whose pipeline was killed saves and ends in seconds
@@ -78,7 +77,7 @@ def in_child(work: Work, environment: Mapping[str, str]) -> None:
     with work.log.open("ab", buffering=0) as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     sys.exit(told(work.call))
 
 
@@ -97,11 +96,3 @@ def told(call: Callable[[], int]) -> int:
         return 1
     finally:
         logging.shutdown()
-
-
-def _end_with_parent() -> None:
-    """Send this process SIGTERM once the pipeline is gone, however it went: a run then saves and ends."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)

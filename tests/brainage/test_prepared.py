@@ -232,6 +232,58 @@ def test_without_the_extra_a_raw_head_is_one_line(model, raw, prepared, tmp_path
     run(*arguments, some(prepared, tmp_path))  # what is preprocessed needs none
 
 
+def test_an_altered_volume_goes_the_light_way_and_is_flagged(model, raw, prepared, tmp_path, monkeypatch):
+    """Turned or cut short since `preprocess` wrote it: mended where that is safe, else refused by itself."""
+    monkeypatch.setattr("emoe_med.data.prepare.EXTRA", ("no_such_package",))
+    steps = {**Preparation(4.0, "light").steps(), "Path": "full"}
+    load = inference.TrainedModel.load
+
+    def of_full_path(run_dir):
+        found = load(run_dir)
+        found.contract["strip"] |= {"prepared": steps, "stated": {json.dumps(steps, sort_keys=True): 3}}
+        return found
+
+    monkeypatch.setattr(inference.TrainedModel, "load", of_full_path)
+    shutil.copytree(prepared.parent, tmp_path / "p")
+    table = pd.read_csv(tmp_path / "p" / "manifest.csv", dtype=str)
+    for name in ("image", "mask"):
+        table[name] = [str(tmp_path / "p" / file) for file in table[name]]
+    turned, cut = Path(table.loc[0, "image"]), Path(table.loc[1, "image"])
+    whole = read_volume(turned)
+    write_volume(
+        turned, whole.voxels[::-1], whole.affine @ np.array([[-1, 0, 0, len(whole.voxels) - 1.0], *np.eye(4)[1:]])
+    )
+    cut.write_bytes(cut.read_bytes()[:-40])
+    table.loc[2, ["image", "mask"]] = [str(raw.parent / pd.read_csv(raw).loc[2, name]) for name in ("image", "mask")]
+    table.to_csv(tmp_path / "m.csv", index=False)
+    found = ages(model, tmp_path / "m.csv", tmp_path, code=8)
+    assert found["status"].tolist() == ["check", "refused", "refused", "check", "check"]
+    assert "VOL-TRUNC" in found.loc[1, "reason"]
+    assert "PREP-EXTRA" in found.loc[2, "reason"]  # a whole head alone needs the skull strip
+    assert "Path is light, in training full" in found.loc[0, "reason"]
+    monkeypatch.undo()
+    as_it_was = ages(model, prepared.parent, tmp_path).loc[0, "predicted_age"]
+    assert found.loc[0, "predicted_age"] == pytest.approx(as_it_was, abs=1)
+
+
+def test_rows_that_preprocessing_lost_keep_their_names_and_reasons(model, raw, tmp_path):
+    table = pd.read_csv(raw, dtype=str)
+    for name in ("image", "mask"):
+        table[name] = [str(raw.parent / file) for file in table[name]]
+    bad = tmp_path / "cut.nii.gz"
+    bad.write_bytes(Path(table.loc[1, "image"]).read_bytes()[:-40])
+    table.loc[1, "image"] = str(bad)
+    table.to_csv(tmp_path / "raw.csv", index=False)
+    run("preprocess", "--manifest", tmp_path / "raw.csv", "--data-root", "/", "-o", tmp_path / "p", "--steps", "light",
+        "--spacing", 4, code=8)  # fmt: skip
+    run("predict", "--run", model, "-i", tmp_path / "p" / "manifest.csv", "-o", tmp_path / "a.csv", code=8)
+    found = pd.read_csv(tmp_path / "a.csv", dtype={"participant_id": str}).fillna({"reason": ""})
+    assert found["row"].tolist() == [2, 3, 4, 5, 6]
+    assert found["participant_id"].tolist() == table["participant_id"].tolist()
+    assert found.loc[1, "status"] == "refused"
+    assert "MAN-FAILED preprocessing failed: VOL-TRUNC" in found.loc[1, "reason"]
+
+
 @NEEDS_EXTRA
 def test_a_stripped_head_is_refused_by_the_full_path(real_data, tmp_path):
     name = "IXI012-HH-1211"

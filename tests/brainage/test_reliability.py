@@ -124,8 +124,44 @@ def test_a_table_of_predict(predictions):
 
 
 def test_without_ages_there_is_no_pad(predictions):
-    pd.read_csv(predictions, dtype={"participant_id": "str"}).drop(columns="age").to_csv(predictions, index=False)
-    assert "brain_pad" not in reliability(predictions, bootstrap=QUICK)
+    table = pd.read_csv(predictions, dtype={"participant_id": "str"})
+    table.drop(columns="age").to_csv(predictions, index=False)
+    found = reliability(predictions, bootstrap=QUICK)
+    assert "brain_pad" not in found
+    assert found["ageless"] == 40
+    table.loc[0, "age"] = np.nan
+    table.to_csv(predictions, index=False)
+    found = reliability(predictions, bootstrap=QUICK)
+    assert "brain_pad" not in found
+    assert found["ageless"] == 1
+
+
+def test_runs_of_one_visit_are_no_sessions(predictions):
+    """A second run, off by nothing, must not stand for the second visit."""
+    table = pd.read_csv(predictions, dtype={"participant_id": "str", "session_id": "str"})
+    visits = reliability(predictions, bootstrap=QUICK)
+    first = table.assign(session_id="ses-" + table["session_id"] + "_run-1")
+    again = table.assign(session_id="ses-" + table["session_id"] + "_run-2", predicted_age=0 * table["predicted_age"])
+    pd.concat([again, first, first.head(1)]).to_csv(predictions, index=False)
+    found = reliability(predictions, bootstrap=QUICK)
+    assert found["predicted_age"] == visits["predicted_age"]
+    assert found["repeats"] == again["predicted_age"].notna().sum() + 1
+
+
+def test_sessions_come_in_the_order_of_their_numbers_and_persons_by_any_spelling(tmp_path):
+    rows = [
+        (f"{'sub-' if s == '10' else ''}p{i}", s, i + (5 if s == "10" else 0)) for i in range(4) for s in ("10", "2")
+    ]
+    pd.DataFrame(rows, columns=["participant_id", "session_id", "predicted_age"]).to_csv(tmp_path / "a.csv")
+    assert reliability(tmp_path / "a.csv", bootstrap=QUICK)["predicted_age"]["bias"]["value"] == pytest.approx(5)
+
+
+def test_rows_without_a_session_are_told_apart_by_age(predictions):
+    visits = reliability(predictions, bootstrap=QUICK)
+    pd.read_csv(predictions, dtype={"participant_id": "str"}).drop(columns="session_id").to_csv(
+        predictions, index=False
+    )
+    assert reliability(predictions, bootstrap=QUICK)["brain_pad"] == visits["brain_pad"]
 
 
 def test_the_verb(predictions, tmp_path):

@@ -101,6 +101,21 @@ def test_a_folder_of_warped_images_alone_keeps_their_masks(tmp_path):
     assert scan.mask == tmp_path / f"{space}brain_mask.nii.gz"
 
 
+def test_no_head_is_lost_in_silence_among_two_layouts(tmp_path, caplog):
+    """A half-finished fMRIPrep beside raw heads must not stand for all of them."""
+    raw = [f"sub-0{i}/anat/sub-0{i}_T1w.nii.gz" for i in (1, 2, 3)]
+    derived = "fmriprep/sub-02/anat/sub-02_desc-preproc_T1w.nii.gz"
+    for name in (*raw, f"derivatives/{derived}"):
+        (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / name).write_bytes(b"x")
+    assert [scan.image.relative_to(tmp_path / "a").as_posix() for scan in scans_in(tmp_path / "a")] == raw
+    assert "3 raw heads in BIDS" in caplog.text
+    assert [scan.participant_id for scan in scans_in(tmp_path / "a" / "derivatives" / "fmriprep")] == ["sub-02"]
+    (tmp_path / "a" / "derivatives").rename(tmp_path / "a" / "results")
+    with pytest.raises(DataError, match=r"PREP-MIXED  .*holds 1 heads of fMRIPrep and 3 raw heads in BIDS"):
+        scans_in(tmp_path / "a")
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(DataError, match="PREP-NONE"):
         scans_in(tmp_path)

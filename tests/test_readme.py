@@ -62,3 +62,15 @@ def test_linked_files_are_there():
     for target in re.findall(r'\]\(([^)#:]+)\)|src="([^"]+)"', README):
         target = "".join(target)
         assert (here / target).exists(), target
+
+
+def test_tests_that_a_page_names_are_there():
+    here = Path(__file__).parent.parent
+    pages = [path.read_text() for pattern in SHOWN for path in here.glob(pattern)]
+    named = {
+        found
+        for page in pages
+        for found in re.findall(r"`((?:tests|benchmarks|pipelines)/[\w/]+(?:\.py|\.yaml|/))`", page)
+    }
+    assert len(named) > 20
+    assert not [name for name in sorted(named) if not (here / name).exists()]

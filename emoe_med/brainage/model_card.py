@@ -58,9 +58,9 @@ python -m monai.bundle run --config_file configs/inference.json --input HEAD --o
 python -m emoe_med.brainage selftest --bundle .
 ```
 
-`--input` is a scan, a folder or a manifest (CSV with `image`, better also `mask` and `age`); each scan gets a row with
-age, interval, verdict (`ok`, `check`, `refused`) and reason. The second command tells whether this machine gives the
-numbers of the one that exported the bundle."""
+`--input` is a scan, a folder or a manifest (CSV with `image`, better also `age`, and `mask` where the limits ask for
+it); each scan gets a row with age, interval, verdict (`ok`, `check`, `refused`) and reason. The second command tells
+whether this machine gives the numbers of the one that exported the bundle."""
 
 _LICENCE = f"""Code and configuration: Apache-2.0, see LICENSE. Weights: **{MUST_COMPLETE}** (what do the terms of the
 training data permit?). Contact: **{MUST_COMPLETE}**. Citation: **{MUST_COMPLETE}**."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -52,6 +52,8 @@ class Outcome:
     row: int
     faults: tuple[Fault, ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
+    volume: str = ""  # SHA-256 of what was written
+    twin: int | None = None  # row above that gave the very same volume
 
     def broke(self, code: str) -> bool:
         """Tell whether a fault of this code is the reason."""
@@ -69,7 +71,8 @@ class Outcome:
         """Why a scan failed or should be looked at."""
         if self.faults:
             return "; ".join(fault.in_table for fault in self.faults)
-        return odd(self.figures)
+        twin = "" if self.twin is None else f"the same image as row {self.twin}"
+        return "; ".join(filter(None, (twin, odd(self.figures))))
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def preprocess(
         work = partial(process, out=out, preparation=preparation)
         tasks = [(scan, names[row]) for row, scan in rows.scans.items()]
         done = {outcome.row: outcome for outcome in each(work, tasks, jobs, progress)}
-        outcomes = [done.get(row) or Outcome(row, rows.faults[row]) for row in rows.cells]
+        outcomes = _with_twins(done.get(row) or Outcome(row, rows.faults[row]) for row in rows.cells)
         _write_tables(out, rows, outcomes, {row: Outputs(name, spacing_mm) for row, name in names.items()}, preparation)
     return outcomes
 
@@ -139,10 +142,9 @@ def process(task: tuple[Scan, str], out: Path, preparation: Preparation) -> Outc
         inputs = input_digests(scan, preparation)
         if scan.sha256 not in (None, inputs["image"]):
             raise VolumeError(Fault("VOL-DIGEST", "sha256 differs from the manifest's", str(scan.image)))
-        if (figures := finished(out, outputs, inputs, preparation)) is None:
+        if (done := finished(out, outputs, inputs, preparation)) is None:
             prepared = prepare_head(scan.image, scan.mask or scan.labels, preparation)
-            write_outputs(out, outputs, prepared, preparation, inputs)
-            figures = prepared.figures
+            done = prepared.figures, write_outputs(out, outputs, prepared, preparation, inputs)
     except StorageError:
         raise
     except VolumeError as error:
@@ -150,7 +152,7 @@ def process(task: tuple[Scan, str], out: Path, preparation: Preparation) -> Outc
         return Outcome(scan.row, tuple(faults))
     except Exception as error:  # of a library, on a scan that nobody foresaw
         return Outcome(scan.row, (_unforeseen(scan, f"{type(error).__name__}: {error}"),))
-    return Outcome(scan.row, (), figures)
+    return Outcome(scan.row, (), *done)
 
 
 def _unforeseen(scan: Scan, reason: str) -> Fault:
@@ -188,6 +190,16 @@ def each(
                 yield pool.submit(work, task).result()
             except BrokenProcessPool:
                 yield Outcome(task[0].row, (_unforeseen(task[0], "the process died; was there too little memory?"),))
+
+
+def _with_twins(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Mark every row whose volume is that of a row above: one head under two names."""
+    first: dict[str, int] = {}
+    marked = []
+    for outcome in outcomes:
+        row = first.setdefault(outcome.volume, outcome.row) if outcome.volume else outcome.row
+        marked.append(outcome if row == outcome.row else replace(outcome, twin=row))
+    return marked
 
 
 def _settle(path: Literal["auto", "full", "light"], rows: Source) -> Literal["full", "light"]:

@@ -88,13 +88,14 @@ def input_digests(scan: Scan, preparation: Preparation) -> dict[str, str]:
 
 def finished(
     out: Path, outputs: Outputs, inputs: Mapping[str, str], preparation: Preparation
-) -> dict[str, float] | None:
-    """Return the figures of a scan that is done: same input, same chain, every file as it was written."""
+) -> tuple[dict[str, float], str] | None:
+    """Return figures and volume digest of a scan that is done: same input, same chain, every file as it was written."""
     try:
         sidecar = json.loads((out / outputs.sidecar).read_text("utf-8"))
         same = sidecar["ChainHash"] == preparation.digest() and sidecar["InputSha256"] == dict(inputs)
         if same and sidecar["OutputSha256"] == _digests(out, outputs):
-            return {name: float(value) for name, value in sidecar["QualityControl"].items()}
+            figures = {name: float(value) for name, value in sidecar["QualityControl"].items()}
+            return figures, sidecar["OutputSha256"]["image"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, VolumeError):
         pass  # not there, cut short or altered: made anew
     return None
@@ -102,8 +103,8 @@ def finished(
 
 def write_outputs(
     out: Path, outputs: Outputs, prepared: Prepared, preparation: Preparation, inputs: Mapping[str, str]
-) -> None:
-    """Write all files of one scan, the sidecar last.
+) -> str:
+    """Write all files of one scan, the sidecar last; return the SHA-256 of the volume.
 
     Raises:
         StorageError: The disk is full, read-only or gone.
@@ -123,6 +124,7 @@ def write_outputs(
     sidecar["InputSha256"] = dict(inputs)
     sidecar["OutputSha256"] = _digests(out, outputs)
     replace_file(out / outputs.sidecar, json.dumps(sidecar, indent=1).encode())
+    return sidecar["OutputSha256"]["image"]
 
 
 def _statement(preparation: Preparation) -> dict[str, Any]:

@@ -189,6 +189,18 @@ def test_results_among_the_heads_are_refused(tmp_path):
     assert set(tmp_path.iterdir()) == before
 
 
+def test_one_head_under_two_names_is_told(tmp_path):
+    drawn_head(tmp_path, "a")
+    for name in ("a.nii.gz", "a_mask.nii.gz"):
+        (tmp_path / name.replace("a", "b", 1)).write_bytes((tmp_path / name).read_bytes())
+    (tmp_path / "m.csv").write_text("image,mask\na.nii.gz,a_mask.nii.gz\nb.nii.gz,b_mask.nii.gz\n")
+    for _ in range(2):  # made, then found done
+        run("--manifest", tmp_path / "m.csv", "-o", tmp_path / "o", "--steps", "light", "--spacing", 8)
+        qc = pd.read_csv(tmp_path / "o" / "qc.tsv", sep="\t", keep_default_na=False)
+        assert qc["reason"].str.contains("the same image as row 2").tolist() == [False, True]
+        assert qc.loc[1, "status"] == "check"
+
+
 def test_nothing_usable_is_exit_code_3(cohort, tmp_path):
     (tmp_path / "m.csv").write_text("image,mask\nbroken.nii.gz,a_mask.nii.gz\n")
     run("--manifest", tmp_path / "m.csv", "--data-root", cohort, "-o", tmp_path / "o", "--steps", "light", code=3)

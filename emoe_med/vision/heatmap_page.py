@@ -32,7 +32,7 @@ th:first-child, td:first-child {{ text-align: left }} small {{ color: #5b6875 }}
 <option value="given_expert">p(class | expert)</option></select></label>
 <label>classes <select id="order"><option value="name">as listed</option>
 <option value="expert">by their main expert</option></select></label>
-<span>0 <canvas id="scale" width="256" height="1"></canvas> <span id="most"></span></span>
+<span style="white-space: nowrap">0 <canvas id="scale" width="256" height="1"></canvas> <span id="most"></span></span>
 </p>
 <div id="scroll"><canvas id="map" tabindex="0" role="img"
  aria-label="heat map of experts by classes; arrow keys move over its cells"></canvas></div>
@@ -40,7 +40,8 @@ th:first-child, td:first-child {{ text-align: left }} small {{ color: #5b6875 }}
 <table id="figures"><thead><tr><th>layer</th><th>NMI of expert and class</th><th>entropy of p(expert | class)</th>
 <th>load CV</th></tr></thead><tbody></tbody></table>
 <p><small>NMI: 0 knows nothing of the class, 1 names it. Entropy is over ln of the number of experts: 1 where every
-class uses all experts alike. Load CV: 0 where all experts serve as many patches.</small></p>
+class uses all experts alike. Load CV: 0 where all experts serve as many patches. Mean is the average over layers:
+experts of two layers have nothing but their number in common, so that it looks more even than any layer.</small></p>
 <script>
 const DATA = {data};
 const byId = (id) => document.getElementById(id);

@@ -129,9 +129,9 @@ def test_a_position_embedding_is_interpolated_on_demand(tmp_path):
         resized(ViTWeights({"pos_embed": torch.ones(1, 8, 24)}, MEAN, STD), 4)
 
 
-def moe(hidden, router="linear", **options):
+def moe(hidden, gate="prob"):
     experts = MLPExperts(24, 4, MLPOptions(hidden=hidden, bias=True, zero_init=False))
-    return MoELayer(LinearRouter(24, 4, 2, LinearOptions()), experts, normalise=False)
+    return MoELayer(LinearRouter(24, 4, 2, LinearOptions(gate=gate)), experts, normalise=False)
 
 
 def test_upcycled_experts_are_copies_of_the_feed_forward_they_replace(tmp_path):
@@ -144,6 +144,13 @@ def test_upcycled_experts_are_copies_of_the_feed_forward_they_replace(tmp_path):
         assert torch.equal(experts.w2[e], mlp.fc2.weight.T)
         assert torch.equal(experts.b1[e], mlp.fc1.bias)
         assert torch.equal(experts.b2[e], mlp.fc2.bias)
+    image = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert not torch.allclose(target(image).output, source(image).output, atol=1e-2)  # gates of 2 of 4 sum below 1
+        same = net(seed=1)
+        same.insert({1: moe(96, gate="share")}, "replace_ffn", route_prefix=True)
+        load_weights(same, weights(source), tmp_path)
+        torch.testing.assert_close(same.eval()(image).output, source(image).output)
     narrow = net(seed=1)
     narrow.insert({1: moe(8)}, "replace_ffn", route_prefix=True)
     with pytest.raises(CheckpointError, match="WGT-UPCYCLE"):

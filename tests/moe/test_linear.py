@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -105,6 +107,13 @@ def test_priority_is_certainty_whatever_the_gate():
         made = router(IDENTITY, 1, eval_capacity=2 / 3, batch_priority=True, gate=gate).eval()
         # one expert is wanted by all three and has one slot: the surest token, the second, gets it
         assert (made(TOKENS, None).gate[:, 0] > 0).tolist() == [False, True, False]
+
+
+def test_shares_of_the_chosen_sum_to_one():
+    made = router([[math.log(4), 0.0], [0.0, math.log(2)]], 2, gate="share").eval()
+    torch.testing.assert_close(made(torch.eye(2), None).gate, torch.tensor([[4 / 5, 1 / 5], [2 / 3, 1 / 3]]))
+    with pytest.raises(ValueError, match="top_k above 1"):
+        router(IDENTITY, 1, gate="share")
 
 
 def test_a_capacity_is_not_rounded_up_by_a_rounding_error():

@@ -26,7 +26,8 @@ class LinearOptions:
 
     Attributes:
         score: `softmax` over experts, or `sigmoid` of each expert by itself.
-        gate: scale of the combine weight, see `gate_values`.
+        gate: scale of the combine weight, see `gate_values`; or `share`, p over the sum of the chosen p, for K > 1: the
+            K weights sum to 1, so that experts that are copies of a feed-forward start as it (arXiv 2212.05055).
         noise: standard deviation of the Gaussian noise on the logits in training, in units of 1/E.
         jitter: in training the router's input is multiplied by U(1 - jitter, 1 + jitter).
         balance: see `balance.BALANCES`; `importance_load` needs noise.
@@ -39,7 +40,7 @@ class LinearOptions:
     """
 
     score: Literal["softmax", "sigmoid"] = "softmax"
-    gate: GateScale = "prob"
+    gate: GateScale | Literal["share"] = "prob"
     noise: float = 1.0
     jitter: float = 0.0
     balance: BalanceName = "importance_load"
@@ -55,10 +56,12 @@ class LinearOptions:
 
 
 class LinearRouter(Router):
-    """p = softmax(W h + noise); the K largest are chosen and gate with p, not renormalised."""
+    """p = softmax(W h + noise); the K largest are chosen and gate with p, not renormalised unless `gate` is `share`."""
 
     def __init__(self, width: int, num_experts: int, top_k: int, options: LinearOptions) -> None:
         super().__init__(num_experts, top_k)
+        if options.gate == "share" and top_k == 1:
+            raise ValueError("gate: share needs top_k above 1: a single share is 1 and teaches the router nothing")
         self.options = options
         # a tenth of the usual variance, after Switch: routing starts near uniform
         self.weight = nn.Parameter(torch.randn(width, num_experts) * (0.1 / width) ** 0.5)
@@ -78,7 +81,7 @@ class LinearRouter(Router):
             noisy = logits + sigma * torch.randn_like(logits) if self.training and sigma else logits
             scores = self._score(noisy)
             index = select(self.balance.preference(scores), self.top_k)
-            gate = gate_values(scores, index, options.gate)
+            gate = self._gate(scores, index)
             capacity = options.capacity if self.training else options.eval_capacity
             if capacity is not None:
                 slots = math.ceil(capacity * index.numel() / self.num_experts - 1e-9)  # 1.1 x 50 are 55
@@ -95,6 +98,12 @@ class LinearRouter(Router):
 
     def _score(self, logits: Tensor) -> Tensor:
         return logits.sigmoid() if self.options.score == "sigmoid" else logits.softmax(-1)
+
+    def _gate(self, scores: Tensor, index: Tensor) -> Tensor:
+        if self.options.gate != "share":
+            return gate_values(scores, index, self.options.gate)
+        chosen = scores.gather(-1, index)
+        return chosen / chosen.sum(-1, keepdim=True)
 
     def after_step(self) -> None:
         """Move the balance bias."""

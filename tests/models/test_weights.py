@@ -12,7 +12,15 @@ from torch import nn
 
 from emoe_med.errors import CheckpointError
 from emoe_med.models.vit import SIZES, ViT, ViTOptions
-from emoe_med.models.weights import ViTWeights, load_weights, read_foreign, read_weights, resized, write_weights
+from emoe_med.models.weights import (
+    ViTWeights,
+    check_whole,
+    load_weights,
+    read_foreign,
+    read_weights,
+    resized,
+    write_weights,
+)
 from emoe_med.moe import EigenOptions, EigenRouter, LinearOptions, LinearRouter, MLPExperts, MLPOptions, MoELayer
 
 OPTIONS = ViTOptions((8, 8), 4, 3, width=24, depth=3, heads=3)
@@ -207,6 +215,22 @@ def test_the_authors_checkpoint_gives_their_network(tmp_path):
                 x = torch.cat([x[:, :1], h + s["alpha"] * p.amax(-1, keepdim=True) * out], 1)
         expected = backbone.head(backbone.norm(x)[:, 0])
         torch.testing.assert_close(target(image).output, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_authors_huge_layout_is_imported_without_a_head(tmp_path):
+    """32 blocks, patches of 14, branches behind the last six, no classifier: ViT-H/14's names at a small width."""
+    huge = net(options=ViTOptions((224, 224), 14, 3, width=24, depth=32, heads=2))
+    state = {f"vit.{name}": t for name, t in huge.state_dict().items() if not name.startswith("head.")}
+    for i in range(6):
+        state |= {f"branches.{i}.{name}": tensor for name, tensor in published_branch(experts=8).items()}
+    torch.save(state, tmp_path / "emoe_h.pth")
+    found = read_foreign(tmp_path / "emoe_h.pth", MEAN, STD)
+    options = check_whole(found, tmp_path)
+    assert (options.depth, options.patch_size, options.image_size) == (32, 14, (224, 224))
+    live = {name.split(".")[1] for name in found.tensors if ".moe." in name}
+    assert live == {"26", "27", "28", "29", "30"}  # what is behind the last block reaches no class token
+    third = found.tensors["blocks.30.moe.experts.w1"][3]
+    torch.testing.assert_close(third, state["branches.4.experts.3.down.weight"].T)
 
 
 def test_a_checkpoint_that_wants_to_run_code_is_refused_and_does_not(tmp_path):

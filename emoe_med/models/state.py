@@ -10,21 +10,27 @@ from torch import Tensor, nn
 
 from emoe_med.errors import CheckpointError, Fault
 
+TOLD = 8  # differences that are named; weights of another size differ in hundreds
+
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size], path: Path) -> None:
-    """Compare names and shapes; every difference is a fault of its own.
+    """Compare names and shapes; the first differences are faults of their own, those of the outermost names first.
 
     Raises:
         CheckpointError: A name is missing or unknown, or a shape differs.
     """
-    missing = sorted(set(expected) - set(found))
-    faults = [Fault("CKPT-KEY", f"{name} is missing", str(path)) for name in missing]
-    for name, tensor in sorted(found.items()):
-        if name not in expected:
+    faults = []
+    for name in sorted({*found, *expected}, key=lambda name: (name.count("."), name)):
+        if name not in found:
+            faults.append(Fault("CKPT-KEY", f"{name} is missing", str(path)))
+        elif name not in expected:
             faults.append(Fault("CKPT-KEY", f"{name} is unknown to this model", str(path)))
-        elif tensor.shape != expected[name]:
-            shapes = f"{list(tensor.shape)}, the model has {list(expected[name])}"
+        elif found[name].shape != expected[name]:
+            shapes = f"{list(found[name].shape)}, the model has {list(expected[name])}"
             faults.append(Fault("CKPT-SHAPE", f"{name} has shape {shapes}", str(path)))
+    if len(faults) > TOLD:
+        more = f"and {len(faults) - TOLD} more names or shapes differ: these are weights of another network"
+        faults[TOLD:] = [Fault(faults[TOLD].code, more, str(path))]
     if faults:
         raise CheckpointError(*faults)
 

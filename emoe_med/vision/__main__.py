@@ -129,7 +129,10 @@ def fewshot(
     from emoe_med.vision import fewshot as verbs
 
     _check_dataset(dataset)
-    report, where = verbs.fewshot(run, dataset, data_root, _numbers("--shots", shots), draws)
+    numbers = _numbers("--shots", shots)
+    if 0 in numbers:
+        raise ConfigError(Fault("CLI-NUMBERS", f"--shots {shots}: expected 1 and more"))
+    report, where = verbs.fewshot(run, dataset, data_root, numbers, draws)
     if as_json:
         say(json.dumps(report, indent=1))
         return

@@ -126,6 +126,17 @@ def test_weights_of_another_shape_change_nothing(tmp_path, change, told):
     assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
 
 
+def test_weights_of_another_size_are_told_in_a_few_lines(tmp_path):
+    wider = net(options=ViTOptions((8, 8), 4, 3, width=48, depth=3, heads=3))
+    with pytest.raises(CheckpointError) as refused:
+        load_weights(net(seed=1), weights(wider), tmp_path)
+    first, *_, last = str(refused.value).splitlines()
+    differ = len(wider.state_dict()) - 1  # all but the bias of the head, which is as long as there are classes
+    assert len(refused.value.faults) == 9
+    assert "cls_token has shape [1, 1, 48], the model has [1, 1, 24]" in first
+    assert f"and {differ - 2 - 8 + 1} more" in last  # the head itself starts anew
+
+
 def test_a_position_embedding_is_interpolated_on_demand(tmp_path):
     source = weights(net())
     larger = net(options=ViTOptions((16, 16), 4, 3, width=24, depth=3, heads=3), seed=1)

@@ -194,9 +194,9 @@ def test_weights_of_another_model_are_refused_before_the_model_is_touched(tmp_pa
     with pytest.raises(CheckpointError) as caught:
         load_model_weights(model, weights, tmp_path)
     assert [fault.reason for fault in caught.value.faults] == [
-        "1.running_mean is missing",
-        "0.weight has shape [3, 4], the model has [3, 2]",
         "extra is unknown to this model",
+        "0.weight has shape [3, 4], the model has [3, 2]",
+        "1.running_mean is missing",
     ]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

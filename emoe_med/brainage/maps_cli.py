@@ -8,20 +8,24 @@ from typing import Annotated
 
 import typer
 
+from emoe_med.errors import ConfigError, Fault
 from emoe_med.training.cli import say, verb
 
 
 @verb
 def maps(
     run: Annotated[Path, typer.Option("--run", help="a run, or an arm with its runs: they are matched and compared")],
-    manifest: Annotated[Path, typer.Option("--manifest", help="heads: those of the run, or others")],
+    manifest: Annotated[
+        Path | None,
+        typer.Option("--manifest", help="heads: those of the run, or others; else its maps, shown again"),
+    ] = None,
     atlas: Annotated[
         str | None, typer.Option("--atlas", help="file in MNI152, or a name that nilearn fetches; else labels of heads")
     ] = None,
     labels: Annotated[Path | None, typer.Option("--labels", help="table of the names of the labels")] = None,
     everyone: Annotated[bool, typer.Option("--everyone", help="also heads that the run learned from")] = False,
     contribution: Annotated[int, typer.Option("--contribution", min=0, help="heads measured cell by cell")] = 40,
-    occlusion: Annotated[int, typer.Option("--occlusion", min=0, help="heads painted grey cell by cell")] = 20,
+    occlusion: Annotated[int, typer.Option("--occlusion", min=0, help="heads painted grey cell by cell")] = 40,
     data_root: Annotated[Path | None, typer.Option("--data-root", help="folder of the manifest's paths")] = None,
     cache: Annotated[Path | None, typer.Option("--cache", help="volumes in the model's space; beside the runs")] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=0, help="scans read at once; 0 is one by one")] = 0,
@@ -30,7 +34,7 @@ def maps(
     """Map which expert handles which part of the brain, with the evidence that it means something.
 
     Writes RUN/expert_maps: NIfTI, tables over parcels, stability, sanity, montage.png, and viewer.html, a page that
-    shows it all. MLflow gets the folder.
+    shows it all. MLflow gets the folder. Without a manifest, page and record are made anew of maps that are there.
 
     Example: python -m emoe_med.brainage maps --run runs/emoe_4mm --manifest ixi/manifest.csv
     """
@@ -40,7 +44,13 @@ def maps(
 
     options = MapOptions(atlas, labels, everyone, contribution, occlusion)
     arm = runs_in(run)[0].parent
-    out = make_maps(run, read_manifest(manifest, data_root), cache or arm.parent / "cache", options, jobs)
+    if manifest is None:
+        out = run / "expert_maps"
+        if not (out / "maps.json").is_file():
+            hint = "name the heads by --manifest: a run folder holds no path"
+            raise ConfigError(Fault("MAPS-NONE", "this folder has no maps yet", str(out), hint=hint))
+    else:
+        out = make_maps(run, read_manifest(manifest, data_root), cache or arm.parent / "cache", options, jobs)
     link = publish_maps(out)
     index, found, checks = (json.loads((out / f"{n}.json").read_text()) for n in ("maps", "stability", "sanity"))
     if as_json:

@@ -88,7 +88,7 @@ def _threshold(quantity: Mapping[str, Any], experts: int) -> float:
     """Return what is shown at first: shares of an expert above chance, years above a tenth of the largest."""
     if quantity["name"] == "occupancy-expert":
         return 1 / experts
-    return max(quantity["limit"].values()) / 10 if quantity["unit"] == "years" else 0.0
+    return max(quantity["limit"].values()) / 10 if quantity["unit"].startswith("years") else 0.0
 
 
 def _packed(volume: Volume, dtype: type, values: np.ndarray, scale: float) -> dict[str, Any]:

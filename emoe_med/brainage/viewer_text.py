@@ -44,12 +44,25 @@ QUANTITIES: dict[tuple[str, bool], dict[str, Any]] = {
         "note": "How much that change differs between heads (standard deviation), whichever expert serves the cell: "
         "what is added to all heads alike tells no age.",
     },
+    ("contributionage", False): {
+        "label": "Contribution that goes with age",
+        "unit": "years per decade",
+        "digits": 3,
+        "note": "How much that change grows with the age of the head. Red: what tells old heads from young ones in the "
+        "right direction. Blue: in the wrong one.",
+    },
     ("occlusion", False): {
         "label": "Occlusion",
         "unit": "years",
         "digits": 3,
         "note": "How much the change of the predicted age differs between heads (standard deviation) when the cell is "
         "painted grey in the scan: a check that asks no expert.",
+    },
+    ("occlusionage", False): {
+        "label": "Occlusion that goes with age",
+        "unit": "years per decade",
+        "digits": 3,
+        "note": "How much that change grows with the age of the head.",
     },
     ("entropy", False): {
         "label": "Entropy",
@@ -104,9 +117,16 @@ def verdict_html(stability: Mapping[str, Any]) -> str:
         for label, found in (("matched r", stability.get("matched_r")), ("Dice", stability.get("dice")))
         if found
     ]
-    for name, label in (("position_only", "patches at random places"), ("random_router", "random router")):
+    for name, label in (("turned_patches", "patches at random places"), ("random_router", "random router")):
         if found := stability.get(name):
             figures.append(f"{label} {number(found['matched_r']['value'])} {interval(found['matched_r'])}")
+    if place := stability.get("position_only"):
+        same, alone = place["same_expert"], place["by_place"]
+        figures.append(
+            f"in one and the same head, share of cells with the same expert {number(same['value'])} {interval(same)}, "
+            f"with one of the runs replaced by a router that knows the place alone {number(alone['value'])} "
+            f"{interval(alone)}"
+        )
     told = f"<br><small>Agreement of runs, 1 being the same map: {'; '.join(figures)}.</small>" if figures else ""
     return f'<div class="verdict {kind}" role="alert"><p>{head}{told}</p></div>'
 

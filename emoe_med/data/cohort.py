@@ -68,6 +68,7 @@ def write_cohort(
     seed: int,
     *,
     planted_region: bool = True,
+    others_age: bool = True,
     repeat_share: float = 0.25,
     spacing_mm: float = 3.5,
 ) -> Path:
@@ -81,6 +82,8 @@ def write_cohort(
         seed: Everything random follows from it.
         planted_region: Whether the planted region fades with age. Without (the negative control) it is white
             matter, and only its label is there.
+        others_age: Whether ventricles and cortex follow age too. Without, they are in all persons as in the middle of
+            life, give or take what a person is ahead.
         repeat_share: Share of persons scanned again one to three years later.
         spacing_mm: Voxel size of site A; site B has 1.05 x 1.05 x 1.15 of it.
 
@@ -99,7 +102,9 @@ def write_cohort(
         person = draw_person(index, seed, repeat_share)
         for session, age in enumerate(person.ages, start=1):
             rng = np.random.default_rng([seed, index, session])
-            pose, affine, head = scan_person(person, age, rng, planted=planted_region, spacing_mm=spacing_mm)
+            pose, affine, head = scan_person(
+                person, age, rng, planted=planted_region, others_age=others_age, spacing_mm=spacing_mm
+            )
             session_id = f"ses-{session:02d}"
             files = _write_scan(out, Path(person.participant_id, session_id, "anat"), affine, head)
             poses[f"{person.participant_id}_{session_id}"] = pose.tolist()
@@ -139,7 +144,7 @@ def draw_person(index: int, seed: int, repeat_share: float = 0.25) -> Person:
 
 
 def scan_person(
-    person: Person, age: float, rng: np.random.Generator, *, planted: bool, spacing_mm: float
+    person: Person, age: float, rng: np.random.Generator, *, planted: bool, spacing_mm: float, others_age: bool = True
 ) -> tuple[np.ndarray, np.ndarray, Head]:
     """Scan a person: random pose and storage orientation, shading and noise of the site.
 
@@ -156,7 +161,7 @@ def scan_person(
     template_mm = to_template[:3, :3] @ scan_mm + to_template[:3, 3:]
     head = draw_head(
         template_mm.astype(np.float32).reshape(3, *shape),
-        age + person.ahead,
+        np.where((others_age, others_age, True), age, (YOUNGEST + OLDEST) / 2) + person.ahead,
         person.folding,
         planted=planted,
         edge_mm=spacing_mm,

@@ -38,7 +38,7 @@ MAPS_OF_THINGS = frozenset({"expert_class.html", "expert_class.csv", "mean.png"}
 MIN_PERSONS = 20  # behind such a map: one of fewer shows the heads themselves
 MAP_FILE = re.compile(
     r"(maps|stability|sanity|dataset_description)\.json|(regions|parcels)\.csv|dseg\.tsv|montage\.png|viewer\.html|"
-    r"space-[A-Za-z0-9]+(_layer-[a-z]+\d{0,2})?(_label-E\d{2,3})?(_seg-(?!\w*\d{5})[A-Za-z0-9]+)?(_desc-[a-z]+)?"
+    r"space-[A-Za-z0-9]+(_seg-(?!\w*\d{5})[A-Za-z0-9]+)?_res-[0-9p]{1,5}(_label-E\d{2,3})?(_desc-[a-z]+)?"
     r"_(T1w|probseg|statmap|dseg)\.(nii\.gz|json|tsv)"
 )
 # configuration keys that hold places or names, whatever their value looks like

@@ -31,7 +31,7 @@ def write_map_folder(folder: Path, *, verdict="stable", subjects=36, synthetic=F
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     head, head_affine = template(2.0)
-    save(folder / f"space-{SPACE}_desc-mean_T1w.nii.gz", head, head_affine)
+    save(folder / f"space-{SPACE}_res-2_desc-mean_T1w.nii.gz", head, head_affine)
     shape, affine = box_grid(grid_mm)
     edge = round(CELL_MM / grid_mm)
     inside = blocks(template(CELL_MM)[0] > 0.05, edge)
@@ -51,7 +51,7 @@ def write_map_folder(folder: Path, *, verdict="stable", subjects=36, synthetic=F
     maps = []
 
     def add(name, values, quantity, units, kind, expert=None):
-        file = f"space-{SPACE}_layer-{LAYER}_{name}.nii.gz"
+        file = f"space-{SPACE}_res-{grid_mm:g}_{name}.nii.gz"
         save(folder / file, values, affine)
         high = float(np.abs(values).max())
         low = -high if kind == "diverging" else float(values[inside].min())
@@ -67,6 +67,7 @@ def write_map_folder(folder: Path, *, verdict="stable", subjects=36, synthetic=F
         add(f"label-{expert}_desc-contribution_statmap", mine, "contribution", "years", "diverging", expert)
     add("desc-contribution_statmap", np.abs(years).sum(-1), "contribution", "years", "sequential")
     add("desc-occlusion_statmap", np.abs(years).mean(-1), "occlusion", "years", "sequential")
+    add("desc-contributionage_statmap", years.sum(-1), "contributionage", "years per decade of age", "diverging")
     add("desc-entropy_statmap", entropy, "entropy", "share", "sequential")
     add("desc-margin_statmap", margin, "margin", "share", "sequential")
     add("desc-coverage_probseg", inside.astype(np.float32), "coverage", "share", "sequential")
@@ -78,9 +79,9 @@ def write_map_folder(folder: Path, *, verdict="stable", subjects=36, synthetic=F
         **{"experts": EXPERTS, "colors": COLOURS, "cell_mm": CELL_MM, "receptive_field_mm": 32.0, "grid_mm": grid_mm},
         **{"subjects": subjects, "subjects_contribution": subjects, "subjects_occlusion": min(subjects, 20)},
         **{"runs": ["seed0-fold0"], "held_out": True, "synthetic": synthetic, "view": "one pass of the head as it is"},
-        **{"verdict": verdict, "background": f"space-{SPACE}_desc-mean_T1w.nii.gz", "maps": maps},
+        **{"verdict": verdict, "background": f"space-{SPACE}_res-2_desc-mean_T1w.nii.gz", "maps": maps},
         "atlas": {"name": "labels"}
-        | {key: f"space-{SPACE}_seg-labels_dseg.{end}" for key, end in (("file", "nii.gz"), ("table", "tsv"))},
+        | {key: f"space-{SPACE}_seg-labels_res-2_dseg.{end}" for key, end in (("file", "nii.gz"), ("table", "tsv"))},
     }
     write_verdicts(folder, verdict)
     (folder / "maps.json").write_text(json.dumps(index))
@@ -107,9 +108,9 @@ def write_parcels(folder, brain, affine):
     slabs = np.indices(brain.shape)[1] * 6 // brain.shape[1] + 1
     parcels = np.where(brain, slabs, 0).astype(np.int32)
     parcels[cell_of(PLANTED["place"], brain.shape, affine)] = PLANTED["parcel"]
-    save(folder / f"space-{SPACE}_seg-labels_dseg.nii.gz", parcels, affine)
+    save(folder / f"space-{SPACE}_seg-labels_res-2_dseg.nii.gz", parcels, affine)
     table = pd.DataFrame({"index": range(1, 8), "name": NAMES})
-    table.to_csv(folder / f"space-{SPACE}_seg-labels_dseg.tsv", sep="\t", index=False)
+    table.to_csv(folder / f"space-{SPACE}_seg-labels_res-2_dseg.tsv", sep="\t", index=False)
     pd.DataFrame({"index": range(1, 9), "name": EXPERTS, "color": COLOURS}).to_csv(
         folder / "dseg.tsv", sep="\t", index=False
     )
@@ -150,8 +151,10 @@ def write_verdicts(folder, verdict):
         "threshold": 0.5,
         **dict.fromkeys(("matched_r", "dice"), estimate | {"n": 10}),
         "by_kind": {"other seed, same fold": {"pairs": 5, "matched_r": 0.4, "dice": 0.41}},
-        "position_only": {key: {"value": 0.3, "low": 0.2, "high": 0.4} for key in ("matched_r", "dice")}
-        | {"text": "an expert chosen by the cell alone agrees this much"},
+        "turned_patches": {key: {"value": 0.3, "low": 0.2, "high": 0.4} for key in ("matched_r", "dice")}
+        | {"text": "patches at random places agree this much"},
+        "position_only": {key: {"value": 0.5, "low": 0.4, "high": 0.6} for key in ("same_expert", "by_place")}
+        | {"heads": 36, "text": "an expert chosen by the cell alone agrees this much"},
         "random_router": {key: {"value": 0.0, "low": -0.1, "high": 0.1} for key in ("matched_r", "dice")}
         | {"text": "a router that draws lots agrees this much"},
         "pairs": [{"a": "seed0-fold0", "b": "seed1-fold0", "matched_r": 0.3, "dice": 0.4, "match": [3], "r": [0.3]}],

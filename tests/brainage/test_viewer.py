@@ -79,11 +79,31 @@ def test_the_page_says_over_how_many_each_measure_is(tmp_path, folder):
     assert "intervals are over persons, with these runs as they are" in page
 
 
-@pytest.mark.parametrize("experts", [2, 8])
-def test_no_expert_has_a_colour_of_the_brain(experts):
+@pytest.mark.parametrize(("experts", "apart"), [(2, 7), (8, 7), (16, 7), (24, 6), (32, 5)])
+def test_experts_have_colours_that_every_eye_tells_apart(experts, apart):
     found = np.array([to_rgb(colour) for colour in colours(experts)])
-    assert len(np.unique(found, axis=0)) == experts
     assert (np.ptp(found, axis=1) > 0.25).all()  # grey has none
+    for eye in (np.eye(3), *DICHROMATS.values()):
+        lab = oklab(np.where(found <= 0.04045, found / 12.92, ((found + 0.055) / 1.055) ** 2.4) @ np.array(eye).T)
+        distance = np.linalg.norm(lab[:, None] - lab, axis=-1) + 100 * np.eye(experts)
+        assert distance.min() > apart  # 2 can just be seen side by side
+
+
+# linear RGB as dichromats see it: Machado, Oliveira and Fernandes 2009, severity 1
+DICHROMATS = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def oklab(linear):
+    """Coordinates of linear RGB [N, 3] in which distances are as seen, lightness 0 to 100. Source: Ottosson 2020."""
+    cones = [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566]]
+    cones.append([0.0883024619, 0.2817188376, 0.6299787005])
+    lab = [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099]]
+    lab.append([0.0259040371, 0.7827717662, -0.8086757660])
+    return 100 * np.cbrt(linear.clip(0, 1) @ np.array(cones).T) @ np.array(lab).T
 
 
 def test_nothing_is_loaded_and_nothing_may_be(folder):

@@ -126,10 +126,10 @@ def test_file_names_that_stay(name):
 
 MAPS = [
     *("maps.json", "stability.json", "regions.csv", "viewer.html", "montage.png", "dseg.tsv"),
-    "space-MNI152NLin2009aSym_desc-mean_T1w.nii.gz",
-    "space-MNI152NLin2009aSym_layer-block1_label-E03_desc-contribution_statmap.nii.gz",
-    "space-centred_layer-block2_desc-topexpert_dseg.json",
-    "space-MNI152NLin2009aSym_seg-cerebra2009c_dseg.tsv",
+    "space-MNI152NLin2009aSym_res-2_desc-mean_T1w.nii.gz",
+    "space-MNI152NLin2009aSym_res-4_label-E03_desc-contribution_statmap.nii.gz",
+    "space-centred_res-2_desc-topexpert_dseg.json",
+    "space-MNI152NLin2009aSym_seg-cerebra2009c_res-1_dseg.tsv",
 ]
 
 
@@ -148,7 +148,7 @@ def test_maps_of_a_group_leave(name):
         *("IXI002.nii.gz", "E00.png", "notes.txt", "predictions.csv", "viewer.html.bak", "../viewer.html"),
         "sub-01_space-MNI152NLin2009aSym_desc-gate_probseg.nii.gz",
         "space-MNI152NLin2009aSym_desc-IXI002_T1w.nii.gz",
-        "space-MNI152NLin2009aSym_layer-block1_label-E1234_desc-gate_probseg.nii.gz",
+        "space-MNI152NLin2009aSym_res-4_label-E1234_desc-gate_probseg.nii.gz",
         "space-MNI152NLin2009aSym_seg-eid1234567_dseg.nii.gz",
     ],
 )

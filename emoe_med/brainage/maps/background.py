@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import numpy as np
 
 from emoe_med.data.register import box_grid
@@ -15,20 +17,26 @@ class Background:
     Args:
         spacing_mm: Of that grid.
         with_labels: Keep the label that most heads agree on, too.
+        least: Persons that a voxel must have brain in, to be shown.
+
+    One head of each person is taken, the first.
     """
 
-    def __init__(self, spacing_mm: float, with_labels: bool) -> None:
+    def __init__(self, spacing_mm: float, with_labels: bool, least: int = 1) -> None:
         self.shape, self.affine = box_grid(spacing_mm)
-        self.heads = 0
+        self.least = least
+        self.persons: set[Hashable] = set()
         self.intensity = np.zeros(self.shape, np.float32)
         self.inside = np.zeros(self.shape, np.float32)
         self.label = np.zeros(self.shape if with_labels else 0, np.int32)
         self.votes = np.zeros_like(self.label)
 
-    def add(self, head: np.ndarray, labels: np.ndarray | None = None) -> None:
+    def add(self, person: Hashable, head: np.ndarray, labels: np.ndarray | None = None) -> None:
         """Add one head [X, Y, Z] of the cache, exactly 0 outside, and its labels [X, Y, Z]."""
+        if person in self.persons:
+            return
         inside = head != 0
-        self.heads += 1
+        self.persons.add(person)
         self.inside += inside
         self.intensity += np.where(inside, 1 + _SCALE * head, 0)
         if labels is not None and self.label.size:
@@ -41,8 +49,13 @@ class Background:
         self.votes += np.where(same | empty, 1, -1)
 
     def brain(self) -> np.ndarray:
-        """Voxels that are brain in half of the heads or more, [X, Y, Z] bool."""
-        return self.inside >= 0.5 * max(self.heads, 1)
+        """Voxels that are brain in half of the persons or more, and in the least number, [X, Y, Z] bool."""
+        return self.inside >= self.needed
+
+    @property
+    def needed(self) -> float:
+        """Persons that a voxel must have brain in."""
+        return max(0.5 * len(self.persons), self.least)
 
     def mean(self) -> np.ndarray:
         """Mean intensity of the heads where they are brain, [X, Y, Z] in 0 to 1, 0 outside the group's brain."""

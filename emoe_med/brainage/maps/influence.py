@@ -5,18 +5,18 @@ Both are measured on the head as it is, in float32: what one cell does to an age
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from emoe_med.brainage.maps.cells import routed_part
+from emoe_med.brainage.maps.cells import CellGrid, routed_part
 from emoe_med.brainage.net import BrainAgeNet
 from emoe_med.moe import TokenSample, collected_tokens
 
 GREY = 2.0**-10  # the mean of the head inside its mask; exactly 0 would mean air, which is not routed
 BATCH = 64  # variants of one head in one pass
+VOXELS = 2**20  # painted in one pass
 
 
 @torch.no_grad()
@@ -62,31 +62,58 @@ def contributions(net: BrainAgeNet, image: Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def occlusions(net: BrainAgeNet, image: Tensor, edge: int) -> np.ndarray:
+def occlusions(net: BrainAgeNet, image: Tensor, grid: CellGrid) -> np.ndarray:
     """Measure how the age changes when the head is painted grey in one cell, in years.
 
+    Only what can see the cell is run again up to the routed layer: the tokens within its reach, from a window of
+    twice that reach, at whose inner cells the convolutions see what they see in the whole head. Other tokens keep
+    their experts.
+
     Args:
-        net: Any network.
+        net: Network with a routed layer.
         image: One head [1, 1, X, Y, Z] on the model's grid.
-        edge: Voxels along a cell.
+        grid: Its cells.
 
     Returns:
         [C]: predicted age minus that of the painted head; 0 where no head is in the cell.
     """
-    cells = [size // edge for size in image.shape[2:]]
-    index = torch.arange(math.prod(cells), device=image.device).view(cells)
-    for axis in range(3):
-        index = index.repeat_interleave(edge, axis)
-    grid = torch.full(image.shape[2:], -1, device=image.device)
-    grid[tuple(map(slice, index.shape))] = index
-    head = image[0, 0] != 0
-    held = grid[head].unique()
-    held = held[held >= 0]
-    age, _ = net.ages(image)
-    ages = []
-    for part in held.split(max(1, BATCH // 4)):
-        painted = (grid == part.view(-1, 1, 1, 1)) & head
-        ages.append(net.ages(torch.where(painted.unsqueeze(1), GREY, image))[0])
-    found = np.zeros(math.prod(cells), np.float32)
-    found[held.cpu()] = (age - torch.cat(ages)).cpu().numpy()
-    return found
+    sfcn, layer, after = routed_part(net)
+    edge, shape = grid.edge, np.array(image.shape[2:]) // grid.edge
+    reach = -(-(grid.field - edge) // (2 * edge))
+    whole = (
+        np.array(image.shape[2:]) == shape * edge
+    ).all()  # else the last voxels fill no cell and are seen all the same
+    width = np.minimum(4 * reach + 1, shape) if whole else shape
+    before = sfcn.until(image, after)
+    mask = sfcn.token_mask(image, before.shape[2:])
+    intact, _ = sfcn.route(layer, before, mask)
+    age = net.head.predict(sfcn.answer(sfcn.beyond(intact, after)))
+    found = np.zeros(shape, np.float32)
+    held = F.max_pool3d((image != 0).float(), edge)[0, 0].nonzero().cpu().numpy()
+    step = max(1, min(BATCH, VOXELS // int(np.prod(width * edge))))
+    for part in (held[start : start + step] for start in range(0, len(held), step)):
+        start = np.clip(part - 2 * reach, 0, shape - width)  # of the window of each cell
+        crops = torch.cat([_painted(image, cell, low, width, edge) for cell, low in zip(part, start, strict=True)])
+        inner = sfcn.until(crops, after)
+        maps = before.expand(len(part), *before.shape[1:]).clone()
+        seen = torch.zeros(len(part), *shape, dtype=torch.bool, device=image.device)
+        for row, (cell, low) in enumerate(zip(part, start, strict=True)):
+            first, end = np.maximum(cell - reach, 0), np.minimum(cell + reach + 1, shape)
+            near = tuple(map(slice, first, end))
+            maps[(row, slice(None), *near)] = inner[(row, slice(None), *map(slice, first - low, end - low))]
+            seen[(row, *near)] = True
+        changed, _ = sfcn.route(layer, maps, mask & seen.flatten(1))
+        stream = torch.where(seen.unsqueeze(1), changed, intact)
+        ages = net.head.predict(sfcn.answer(sfcn.beyond(stream, after)))
+        found[tuple(part.T)] = (age - ages).cpu().numpy()
+    return found.ravel()
+
+
+def _painted(image: Tensor, cell: np.ndarray, start: np.ndarray, width: np.ndarray, edge: int) -> Tensor:
+    """Return the window of ``width`` cells from ``start`` on, to the box's end where it ends there, one cell grey."""
+    shape = np.array(image.shape[2:])
+    end = np.where(start + width == shape // edge, shape, (start + width) * edge)
+    crop = image[(..., *map(slice, start * edge, end))].clone()
+    block = crop[(..., *map(slice, (cell - start) * edge, (cell - start + 1) * edge))]
+    block[block != 0] = GREY
+    return crop

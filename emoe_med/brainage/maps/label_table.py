@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Callable
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,17 @@ def read_labels(path: Path) -> dict[int, str]:
     return found
 
 
-def labels_beside(volume: Path) -> Path | None:
-    """Find `dseg.tsv` in the folder of a label volume or above it, as BIDS derivatives keep it."""
-    return next((f for folder in list(volume.parents)[:5] if (f := folder / "dseg.tsv").is_file()), None)
+def names_of(volume: Path) -> dict[int, str]:
+    """Find the names of a label volume's numbers; empty where none are known.
+
+    They stand in `dseg.tsv` in the folder of the volume or above it, as BIDS derivatives keep it; those of MUSE and
+    DLMUSE are known, and such a volume is called after them.
+    """
+    beside = next((f for folder in list(volume.parents)[:5] if (f := folder / "dseg.tsv").is_file()), None)
+    if beside is None and "muse" in volume.name.casefold():
+        with as_file(files("emoe_med.brainage.maps") / "muse_dseg.tsv") as table:
+            return read_labels(table)
+    return read_labels(beside) if beside else {}
 
 
 def _harvard_oxford(part: str) -> Callable[[], Any]:

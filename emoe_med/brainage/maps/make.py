@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -19,8 +20,8 @@ from emoe_med.brainage.maps.cells import CellGrid
 from emoe_med.brainage.maps.montage import draw_montage
 from emoe_med.brainage.maps.observe import VIEW, Observed, observe
 from emoe_med.brainage.maps.parcels import ParcelCounts, Parcels
-from emoe_med.brainage.maps.regions import COVERED, RegionStatistics
-from emoe_med.brainage.maps.routes import joined
+from emoe_med.brainage.maps.regions import RegionStatistics
+from emoe_med.brainage.maps.routes import Routes, joined
 from emoe_med.brainage.maps.stability import RunMap, match_experts, reference_run, reliability, stability
 from emoe_med.brainage.maps.verdicts import sanity
 from emoe_med.brainage.maps.write import group_maps, write_json, write_maps, write_parcels, write_tables
@@ -41,20 +42,17 @@ class MapOptions:
         atlas: File or name; None takes the labels column of the manifest, where every head has labels.
         labels: Table of the names of atlas or labels.
         everyone: All heads of the manifest, those that the run learned from among them.
-        contribution: Heads whose contribution is measured cell by cell, over all runs together.
+        contribution: Heads whose contribution is measured cell by cell, over all runs, but two a run at least.
         occlusion: The same of occlusion.
-        checked: Heads that are moved, mirrored and shown to untrained routers, over all runs, but one a run at least.
+        checked: Heads that are moved and mirrored, over all runs, but one a run at least.
     """
 
     atlas: str | None = None
     labels: Path | None = None
     everyone: bool = False
     contribution: int = 40
-    occlusion: int = 20
+    occlusion: int = 40
     checked: int = 20
-
-
-QUICK = MapOptions(contribution=MIN_PERSONS, occlusion=0, checked=5)  # at the end of training
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -89,7 +87,7 @@ def make_maps(folder: Path, manifest: Manifest, cache_dir: Path, options: MapOpt
 
 
 def maps_after_training(folder: Path, runs: Sequence[Path], cohort: Cohort, publish: Callable[[Path], object]) -> None:
-    """Make the maps of runs that were just trained, with few heads cell by cell; a failure is told and costs nothing.
+    """Make the maps of runs that were just trained, as `maps` does; a failure is told and costs nothing.
 
     Args:
         folder: Run, or arm of the runs.
@@ -103,7 +101,7 @@ def maps_after_training(folder: Path, runs: Sequence[Path], cohort: Cohort, publ
         if not any(layer.router.num_experts > 1 for layer in layers):
             return
         heads = [_heads(run, model, cohort, False) for run, model in zip(runs, models, strict=True)]
-        publish(write_all(folder, runs, models, cohort, heads, QUICK))
+        publish(write_all(folder, runs, models, cohort, heads, MapOptions()))
     except EmoeError as error:
         LOG.warning("note: no expert maps: %s", error.faults[0].reason)
     except Exception:  # the trained model is worth more than its picture
@@ -128,33 +126,38 @@ def write_all(
         else Parcels.of_heads(options.labels, grid, list(cohort.heads.scans))
     )
     counts = ParcelCounts(parcels) if parcels else None
-    background = Background(grid.spacing_mm / grid.oversample, with_labels=parcels is not None)
+    least = 1 if synthetic else MIN_PERSONS
+    background = Background(grid.spacing_mm / grid.oversample, parcels is not None, least)
     seen: list[Observed] = []
-    shares = [_share(n, len(runs)) for n in (options.contribution, options.occlusion, max(options.checked, len(runs)))]
+    # of a run's only head nothing could be said that is not its run's
+    measured = [n and max(n, 2 * len(runs)) for n in (options.contribution, options.occlusion)]
+    shares = [_share(n, len(runs)) for n in (*measured, max(options.checked, len(runs)))]
     for number, (run, model, some) in enumerate(zip(runs, models, heads, strict=True)):
         parts = [share[number] for share in shares]
         progress = counted(f"heads of {run.name}")
         seen.append(
             observe(model, cohort, some, grid, background, counts, *parts, number / len(runs), run.name, progress)
         )
-    compared = [_run_map(run, observed) for run, observed in zip(runs, seen, strict=True)]
+    compared = [_run_map(*parts) for parts in zip(runs, seen, heads, strict=True)]
     found = stability(compared, grid.centres_mm)
     routes = joined([_renamed(observed, compared, number) for number, observed in enumerate(seen)])
-    routes = routes if synthetic else routes.of_many(MIN_PERSONS)
+    routes = routes.of_many(least)
     (layer,) = models[0].net.routed_layers()
     facts: dict[str, Any] = {
         "space": space,
         "subjects": len(np.unique(routes.person)),
         "subjects_contribution": len(np.unique(routes.person[routes.contribution_of])),
         "subjects_occlusion": len(np.unique(routes.person[routes.occlusion_of])),
+        "model": models[0].config.name,
         "runs": [run.name for run in runs],
+        "weights": [_digest(model) for model in models],
         "held_out": not options.everyone,
         "synthetic": synthetic,
         "view": VIEW,
         "verdict": found["verdict"],
     }
     out = folder / "expert_maps"
-    index = write_maps(out, maps := group_maps(routes), background, grid, layer, facts)
+    index = write_maps(out, maps := group_maps(routes, least), background, grid, layer, facts)
     checks = sanity(
         routes,
         [observed.routes for observed in seen],
@@ -164,11 +167,11 @@ def write_all(
         [r for observed in seen for r in observed.random_router],
     )
     if counts is not None:
-        tables = RegionStatistics(routes, counts, grid, least=1 if synthetic else MIN_PERSONS)
+        tables = RegionStatistics(routes, counts, grid, least=least)
         names = tables.common()
         volume = background.majority() if counts.parcels.volume is None else counts.parcels.volume
         volume = np.where(np.isin(volume, list(names)), volume, 0)
-        write_parcels(out, index, volume, names, counts.parcels.name, background.affine)
+        write_parcels(out, index, volume, names, counts.parcels.name, background)
         write_tables(out, tables.regions(), tables.parcels())
     write_json(out, stability=found, sanity=checks)
     replace_file(out / "montage.png", draw_montage(maps, background, grid, index))
@@ -202,16 +205,23 @@ def _enough(cohort: Cohort, heads: Sequence[Sequence[int]], options: MapOptions,
         raise DataError(Fault("MAPS-FEW", reason, hint="name the arm's folder for all folds, or a larger manifest"))
 
 
+def _digest(model: TrainedModel) -> str:
+    """Return the SHA-256 of a run's weights, by which anyone who has them knows them again."""
+    assert model.folder is not None
+    return hashlib.sha256((model.folder / "model.safetensors").read_bytes()).hexdigest()
+
+
 def _share(total: int, parts: int) -> list[int]:
     """Deal a number of heads out to runs."""
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
-def _run_map(run: Path, observed: Observed) -> RunMap:
+def _run_map(run: Path, observed: Observed, heads: Sequence[int]) -> RunMap:
     seed, _, fold = run.name.removeprefix("seed").partition("-fold")
     routes = observed.routes
-    inside = routes.coverage() >= COVERED
-    halves = [routes.occupancy(range(start, len(routes), 2))[inside] for start in (0, 1)]
+    inside = routes.inside()
+    persons, number = np.unique(routes.person, return_inverse=True)
+    halves = [routes.occupancy(np.flatnonzero(number % 2 == half))[inside] for half in (0, 1)]
     return RunMap(
         run.name,
         int(seed) if seed.isdigit() else 0,
@@ -219,11 +229,14 @@ def _run_map(run: Path, observed: Observed) -> RunMap:
         routes.occupancy(),
         routes.routed.sum(0),
         inside,
-        reliability(*halves) if len(routes) > 1 else float("nan"),
+        reliability(*halves) if len(persons) > 1 else float("nan"),
+        np.asarray(heads),
+        routes.person,
+        routes.expert[:, :, 0],
     )
 
 
-def _renamed(observed: Observed, compared: list[RunMap], number: int) -> Any:
+def _renamed(observed: Observed, compared: list[RunMap], number: int) -> Routes:
     """Call the experts of a run by the names of the reference run's."""
     if len(compared) == 1:
         return observed.routes

@@ -23,10 +23,12 @@ def draw_montage(maps: Sequence[Map], background: Background, grid: CellGrid, in
     """Draw the winner map in axial slices above three cuts of each expert's occupancy; returns a PNG."""
     experts = [item for item in maps if item.quantity == "occupancy"]
     (winner,) = (item for item in maps if item.quantity == "topexpert")
+    shares = np.stack([item.values for item in experts])
+    most = max(float(np.quantile(shares[:, shares.any(0)], 0.99)), 1e-6)  # one scale, so that experts can be compared
     columns = 2
     rows = -(-len(experts) // columns)
-    figure: Any = Figure(figsize=(11, 3.1 + 1.75 * rows), layout="constrained", facecolor="white")
-    top, rest = figure.subfigures(2, 1, height_ratios=[2.3, 1.75 * rows])
+    figure: Any = Figure(figsize=(11, 3.3 + 1.75 * rows), layout="constrained", facecolor="white")
+    top, rest = figure.subfigures(2, 1, height_ratios=[2.3, 0.3 + 1.75 * rows])
     head = background.mean()
     brain = background.brain()
     colours = index["colors"]
@@ -48,19 +50,19 @@ def draw_montage(maps: Sequence[Map], background: Background, grid: CellGrid, in
         handles=[_patch(colour) for colour in colours],
         labels=index["experts"],
         loc="outside lower center",
-        ncols=len(colours),
+        ncols=min(len(colours), 8),
         fontsize=9,
         frameon=False,
     )
+    rest.suptitle(f"Occupancy of each expert: clear at 0, full colour from {most:.0%} of heads on", fontsize=11)
     panels = rest.subfigures(rows, columns, squeeze=False).ravel()
     for panel, item, colour in zip(panels, experts, colours, strict=False):
         shade = LinearSegmentedColormap.from_list("one", ["#ffffff00", colour])
-        peak = max(float(item.values.max()), 1e-6)
         for axis, (axes, cut) in enumerate(zip(panel.subplots(1, 3), _CUTS_MM, strict=True)):
             voxels = grid.spread(item.values, fine=True) * brain
-            _slice(axes, head, voxels, background.affine, axis, cut, shade, peak)
+            _slice(axes, head, voxels, background.affine, axis, cut, shade, most)
             axes.set_title(f"{'xyz'[axis]} = {cut} mm", fontsize=8)
-        panel.suptitle(f"{index['experts'][item.expert or 0]}: in up to {peak:.0%} of heads", fontsize=10)
+        panel.suptitle(f"{index['experts'][item.expert or 0]}: in up to {item.values.max():.0%} of heads", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     return buffer.getvalue()

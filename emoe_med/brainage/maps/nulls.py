@@ -25,11 +25,13 @@ def rotations(centres_mm: np.ndarray, inside: np.ndarray, draws: int, rng: np.ra
         [B, C] int64, source cell of each cell.
     """
     cells = np.flatnonzero(inside)
+    index = np.tile(np.arange(len(centres_mm)), (draws, 1))
+    if len(cells) < 4:  # no body to be turned
+        return index
     points = centres_mm[cells] - centres_mm[cells].mean(0)
     spread, axes = np.linalg.eigh(np.cov(points.T))
     ball = points @ axes / np.sqrt(np.maximum(spread, 1e-9))
     tree = KDTree(ball)
-    index = np.tile(np.arange(len(centres_mm)), (draws, 1))
     for row, turn in zip(index, Rotation.random(draws, rng=rng), strict=True):
         row[cells] = cells[tree.query(turn.apply(ball))[1]]
     return index
@@ -58,7 +60,7 @@ def parcel_means(weights: sparse.csr_array, values: np.ndarray, routed: np.ndarr
     cells = np.flatnonzero(routed)
     kept, source = weights[:, cells], index[:, cells].T
     moved = np.where(routed[source][..., None], values[source], 0).astype(np.float32)  # [c, B, V]
-    total = (kept @ moved.reshape(len(cells), -1)).reshape(kept.shape[0], *moved.shape[1:])
+    total = (kept @ moved.reshape(len(cells), moved.shape[1] * moved.shape[2])).reshape(kept.shape[0], *moved.shape[1:])
     weight = kept @ routed[source].astype(np.float32)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (total / weight[..., None]).transpose(1, 0, 2)

@@ -15,10 +15,11 @@ from emoe_med.brainage.maps.background import Background
 from emoe_med.brainage.maps.cells import CellGrid
 from emoe_med.brainage.maps.influence import contributions, occlusions
 from emoe_med.brainage.maps.parcels import ParcelCounts
-from emoe_med.brainage.maps.routes import Routes, route
+from emoe_med.brainage.maps.routes import Routes, route_tokens, tokens_of
 from emoe_med.brainage.maps.sanity import follows_mirror, follows_shift, random_router_r
 from emoe_med.data.augment import to_model_grid
 
+REROUTED = 20  # heads of each run that untrained routers are shown
 VIEW = "one pass of each head as it is (no mirror image, no grid phases), float32"
 
 
@@ -62,20 +63,23 @@ def observe(
         counts: Takes their parcels; None for no parcels.
         contribution: Heads, evenly spread over ``heads``, whose contribution is measured cell by cell.
         occlusion: The same of occlusion.
-        checked: Heads to move, mirror and show to untrained routers.
+        checked: Heads to move and to mirror.
         phase: Runs of other phases, 0 to 1, measure other heads of the same.
         run: Name of the run.
         progress: Wraps the heads, e.g. for a progress bar.
     """
     net, device = model.net, next(model.net.parameters()).device
-    wanted = {n: set(_spread(len(heads), k, phase)) for n, k in (("c", contribution), ("o", occlusion), ("s", checked))}
+    numbers = {"c": contribution, "o": occlusion, "s": checked, "r": REROUTED}
+    wanted = {name: set(_spread(len(heads), number, phase)) for name, number in numbers.items()}
     rows: dict[str, list[Any]] = {name: [] for name in ("expert", "gate", "brain", "c", "o")}
-    found, images = Observed(Routes.of(np.zeros((0, 1, 1), int), np.zeros((0, 1, 1)), 1)), []
+    found, kept = Observed(Routes.of(np.zeros((0, 1, 1), int), np.zeros((0, 1, 1)), 1)), []
+    persons = cohort.table()["participant_id"].to_numpy()
     for place, head in enumerate(progress(heads)):
         entry = cohort.heads.entry(head)
         image = to_model_grid(entry["image"][None].float(), model.config.data.oversample).to(device)
         image = image.to(memory_format=torch.channels_last_3d)
-        expert, gate = route(net, image)
+        tokens = tokens_of(net, image)
+        expert, gate = route_tokens(net, *tokens)
         voxels = entry["image"][0].float().numpy()
         inside = voxels != 0
         rows["expert"].append(expert)
@@ -84,18 +88,19 @@ def observe(
         labels = None
         if counts is not None:
             labels = counts.add(head, cohort.heads.scans[head], entry["matrix"].numpy(), inside)
-        background.add(voxels, labels)
+        background.add(persons[head], voxels, labels)
         if place in wanted["c"]:
             rows["c"].append(contributions(net, image))
         if place in wanted["o"]:
-            rows["o"].append(occlusions(net, image, grid.edge))
+            rows["o"].append(occlusions(net, image, grid))
         if place in wanted["s"]:
-            images.append(image)
             found.shifted.append(follows_shift(net, image, grid, expert))
             found.mirrored.append(follows_mirror(net, image, grid, expert))
-    if images:
-        found.random_router = random_router_r(net, model.config, images)
-    found.routes = _routes(rows, cohort, heads, wanted, net.routed_layers(), run)
+        if place in wanted["r"]:
+            kept.append(tokens)
+    if kept:
+        found.random_router = random_router_r(net, model.config, kept)
+    found.routes = _routes(rows, cohort, heads, persons, wanted, net.routed_layers(), run)
     return found
 
 
@@ -106,15 +111,20 @@ def _spread(count: int, wanted: int, phase: float) -> list[int]:
 
 
 def _routes(
-    rows: dict[str, list[Any]], cohort: Cohort, heads: Sequence[int], wanted: dict[str, set[int]], layers: Any, run: str
+    rows: dict[str, list[Any]],
+    cohort: Cohort,
+    heads: Sequence[int],
+    persons: np.ndarray,
+    wanted: dict[str, set[int]],
+    layers: Any,
+    run: str,
 ) -> Routes:
     (layer,) = layers.values()
-    table = cohort.table()
     ages = [cohort.heads.scans[head].age for head in heads]
     known = {
         "brain": np.stack(rows["brain"]),
         "age": np.array([np.nan if age is None else age for age in ages]),
-        "person": table["participant_id"].to_numpy()[list(heads)],
+        "person": persons[list(heads)],
         "run": np.full(len(heads), run),
     }
     for name, key in (("contribution", "c"), ("occlusion", "o")):

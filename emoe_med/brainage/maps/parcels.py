@@ -9,7 +9,7 @@ import numpy as np
 from scipy import sparse
 
 from emoe_med.brainage.maps.cells import CellGrid
-from emoe_med.brainage.maps.label_table import fetch_atlas, labels_beside, read_labels
+from emoe_med.brainage.maps.label_table import fetch_atlas, names_of, read_labels
 from emoe_med.data.manifest import Scan
 from emoe_med.data.register import box_grid, resample
 from emoe_med.data.volume import read_volume
@@ -61,12 +61,11 @@ class Parcels:
 
     @classmethod
     def of_heads(cls, labels: Path | None, grid: CellGrid, scans: list[Scan]) -> Parcels | None:
-        """Take the labels column of the manifest; None where not every head has labels."""
+        """Take the labels column of the manifest, named by a table or as `names_of` finds; None where one has none."""
         files = [scan.labels for scan in scans if scan.labels is not None]
         if not files or len(files) < len(scans):
             return None
-        table = labels or labels_beside(files[0])
-        return cls("labels", read_labels(table) if table else {}, grid)
+        return cls("labels", read_labels(labels) if labels else names_of(files[0]), grid)
 
     def of(self, scan: Scan, matrix: np.ndarray) -> np.ndarray:
         """Return the labels of a head on the grid of the cache, [X, Y, Z] int32.

@@ -10,6 +10,7 @@ import pandas as pd
 from scipy import sparse, stats
 
 from emoe_med.brainage.maps.cells import CellGrid
+from emoe_med.brainage.maps.measured import Measured
 from emoe_med.brainage.maps.nulls import fdr, parcel_means, rotations, shuffles, upper_p
 from emoe_med.brainage.maps.parcels import ParcelCounts
 from emoe_med.brainage.maps.routes import Routes
@@ -17,7 +18,6 @@ from emoe_med.brainage.metrics import DEFAULT_BOOTSTRAP, MIN_PERSONS
 
 DRAWS = 1000  # null maps
 NULL_HEADS = 60  # heads, evenly spread, whose mean is held against null maps; more of them change little
-COVERED = 0.5  # a cell belongs to the group's brain where it was routed in this share of the heads
 
 
 class RegionStatistics:
@@ -29,7 +29,7 @@ class RegionStatistics:
         grid: Cells.
         seed: Of the null maps.
         draws: Null maps of each kind.
-        least: Persons; what fewer have, a parcel or years in it, is left out, for it could show one of them.
+        least: Persons; what fewer have, a cell, a parcel or a figure of it, is left out: it could show one of them.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class RegionStatistics:
         self.labels = counts.labels()
         num_cells = routes.expert.shape[1]
         self.weights = [counts.matrix(head, self.labels, num_cells) for head in range(len(routes))]
-        self.inside = routes.coverage() >= COVERED
+        self.inside = routes.inside(least)
         self.voxels = np.stack([w.sum(1) for w in self.weights])  # [N, P] brain voxels in cells
         self.totals = np.stack([counts.total(head, self.labels) for head in range(len(routes))])
         self.seed = seed
@@ -50,7 +50,7 @@ class RegionStatistics:
         by_person, age = self._persons(occupancy, routes.age, np.arange(len(routes)))
         signed = self._means(routes.contribution, routes.contribution_of)
         p_random, p_rotated = self._enrichment_p(served, occupancy)
-        slope = age_slope(by_person, age)
+        slope = age_slope(by_person, age, max(MIN_PERSONS, self.least))
         p = np.maximum(p_random, p_rotated)
         contribution = self._persons(signed, routes.age, routes.contribution_of)[0]
         contribution = np.where(np.isfinite(contribution).sum(0) >= self.least, contribution, np.nan)
@@ -78,10 +78,8 @@ class RegionStatistics:
         """Return one row per parcel: how many years hang on it, and who serves it."""
         routes = self.routes
         columns: dict[str, np.ndarray] = {}
-        for (name, values), heads in zip(
-            routes.influence().items(), (routes.contribution_of, routes.occlusion_of), strict=True
-        ):
-            columns |= self._spread(name, values, heads) if len(heads) else {}
+        for name, found in routes.influence().items():
+            columns |= self._measured(name, found) if len(found) else {}
         occupancy = _mean(self._occupancy)
         top = np.nan_to_num(occupancy).argmax(1)
         entropy = stats.entropy(np.nan_to_num(occupancy) + 1e-12, axis=1) / np.log(routes.num_experts)
@@ -125,10 +123,12 @@ class RegionStatistics:
         """Voxels of each head's parcels that lie in routed cells, [N, P]."""
         return np.stack([w @ r for w, r in zip(self.weights, self.routes.routed.astype(np.float32), strict=True)])
 
-    def _persons_with(self, heads: np.ndarray) -> np.ndarray:
-        """Count the persons of some heads in whom a parcel was routed, [P]."""
-        person = self.routes.person[heads]
-        return np.array([len(np.unique(person[seen])) for seen in (self._routed[heads] > 0).T])
+    def _persons_with(self, heads: np.ndarray, inside: np.ndarray | None = None) -> np.ndarray:
+        """Count the persons of some heads in whom a parcel was routed, in some cells or in any, [P]."""
+        person, routed = self.routes.person[heads], self._routed[heads]
+        if inside is not None:
+            routed = np.stack([self.weights[head] @ (self.routes.routed[head] & inside) for head in heads])
+        return np.array([len(np.unique(person[seen])) for seen in (routed > 0).T])
 
     def _means(self, maps: Any, heads: Any) -> np.ndarray:
         """Average the map [C, V] of each head over its parcels, [n, P, V]."""
@@ -165,6 +165,7 @@ class RegionStatistics:
     def _enrichment_p(self, served: list[np.ndarray], occupancy: np.ndarray) -> list[np.ndarray]:
         heads = np.unique(np.linspace(0, len(served) - 1, NULL_HEADS).astype(int))
         maps, observed = [served[head] for head in heads], _mean(occupancy[heads])
+        observed[self._persons_with(heads) < self.least] = np.nan
         return [upper_p(observed, self._null(maps, heads, index)) for index in (None, self._turned)]
 
     def _share_of_mass(self, served: list[np.ndarray]) -> np.ndarray:
@@ -174,36 +175,31 @@ class RegionStatistics:
         whole = sum(cell_voxels * b @ s for b, s in zip(self.routes.brain, served, strict=True))
         return inside / np.maximum(whole, 1e-12)
 
-    def _spread(self, name: str, values: np.ndarray, heads: np.ndarray) -> dict[str, np.ndarray]:
-        """Standard deviation over heads of their years [n, C], as means over parcels, against turned parcels.
-
-        What a cell adds to all heads alike tells no age; what differs between heads does.
-        """
-        weights = sparse.csr_array(sum(self.weights[head] for head in heads))
-        brain = self.routes.brain[heads].mean(0) * self.inside
+    def _measured(self, name: str, found: Measured) -> dict[str, np.ndarray]:
+        """Years that differ between heads through each parcel, and those that go with age, against turned parcels."""
+        weights = sparse.csr_array(sum(self.weights[head] for head in found.heads))
+        inside = self.inside & self.routes.inside(self.least, found.heads)
+        brain = self.routes.brain[found.heads].mean(0) * inside
+        few = self._persons_with(found.heads, inside) < self.least
+        turned = rotations(self.grid.centres_mm, inside, self.draws, np.random.default_rng(self.seed))
+        counts = list(DEFAULT_BOOTSTRAP.counts(self.routes.person[found.heads]))
 
         def over_parcels(maps: np.ndarray, index: np.ndarray) -> np.ndarray:
-            return parcel_means(weights, maps, self.inside, index)
+            return parcel_means(weights, maps, inside, index)
 
-        same = np.arange(values.shape[1])[None]
-        spread = values.std(0)
-        drawn = []
-        for counts in DEFAULT_BOOTSTRAP.counts(self.routes.person[heads]):
-            share = counts / counts.sum(1, keepdims=True)
-            drawn.append(np.sqrt(np.maximum(share @ values.astype(float) ** 2 - (share @ values) ** 2, 0)))
-        found = over_parcels(spread[:, None], same)[0, :, 0]
-        found[self._persons_with(heads) < self.least] = np.nan
-        drawn = np.where(np.isfinite(found)[:, None], over_parcels(np.concatenate(drawn).T, same)[0], np.nan)
-        low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
-        p = upper_p(found, over_parcels(spread[:, None], self._turned)[..., 0])
-        return {
-            name: found,
-            f"{name}_low": low,
-            f"{name}_high": high,
-            f"{name}_ratio": found / max(float(brain @ spread / max(brain.sum(), 1e-12)), 1e-12),
-            f"{name}_p": p,
-            f"{name}_q": fdr(p),
-        }
+        columns: dict[str, np.ndarray] = {}
+        for title, statistic in ((name, found.deviation), (f"{name}_per_decade", found.per_decade)):
+            cells = statistic()
+            same = np.arange(len(cells))[None]
+            value = np.where(few, np.nan, over_parcels(cells[:, None], same)[0, :, 0])
+            drawn = over_parcels(np.concatenate([statistic(count) for count in counts]).T, same)[0]
+            low, high = np.quantile(np.where(np.isfinite(value)[:, None], drawn, np.nan), [0.025, 0.975], axis=1)
+            p = upper_p(value, over_parcels(cells[:, None], turned)[..., 0])
+            columns |= {title: value, f"{title}_low": low, f"{title}_high": high}
+            if title == name:
+                columns[f"{title}_ratio"] = value / max(float(brain @ cells / max(brain.sum(), 1e-12)), 1e-12)
+            columns |= {f"{title}_p": p, f"{title}_q": fdr(p)}
+        return columns
 
     def _laterality(self) -> np.ndarray:
         """(L - R) / (L + R) of the mean occupancy left and right, of the parcel with its mirror image, [P, E]."""
@@ -220,11 +216,12 @@ def laterality(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.where(total > 0, (left - right) / np.where(total > 0, total, 1), np.nan)
 
 
-def age_slope(values: np.ndarray, age: np.ndarray) -> dict[str, np.ndarray]:
+def age_slope(values: np.ndarray, age: np.ndarray, least: int = MIN_PERSONS) -> dict[str, np.ndarray]:
     """Fit each column of values [N, ...] on age [N] by least squares, NaN rows of a column left out.
 
     Returns:
-        per_decade, low and high (95 % t interval) and two-sided p, [...]; NaN from fewer than 5 persons, or one age.
+        per_decade, low and high (95 % t interval) and two-sided p, [...]; NaN from fewer persons than ``least``, or
+        from one age.
     """
     flat = _flat(values)
     known = np.isfinite(flat) & np.isfinite(age)[:, None]
@@ -239,7 +236,7 @@ def age_slope(values: np.ndarray, age: np.ndarray) -> dict[str, np.ndarray]:
         error = np.sqrt(np.maximum(syy - slope * sxy, 0) / (n - 2) / sxx)
         p = np.where(error > 0, 2 * stats.t.sf(np.abs(slope / error), n - 2), np.where(slope == 0, 1.0, 0.0))
         half = stats.t.ppf(0.975, n - 2) * error
-    enough = (n >= MIN_PERSONS) & (sxx > 1e-9)
+    enough = (n >= least) & (sxx > 1e-9)
     found = {"per_decade": slope, "low": slope - half, "high": slope + half, "p": p}
     return {name: np.where(enough, value, np.nan).reshape(values.shape[1:]) for name, value in found.items()}
 

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from emoe_med.brainage.maps.cells import routed_part
+from emoe_med.brainage.maps.measured import Measured
 from emoe_med.brainage.net import BrainAgeNet
+
+COVERED = 0.5  # a cell belongs to the group's brain where it was routed in this share of the heads
 
 
 @dataclass
@@ -87,17 +90,33 @@ class Routes:
         """Share of heads in which the cell was routed, [C]."""
         return self.routed.mean(0)
 
+    def persons(self, heads: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """Count the persons in whom each cell was routed, of all heads or some, [C]."""
+        chosen = np.arange(len(self)) if heads is None else np.asarray(heads, int)
+        found, number = np.unique(self.person[chosen], return_inverse=True)
+        seen = np.zeros((len(found), self.expert.shape[1]), bool)
+        np.logical_or.at(seen, number, self.routed[chosen])
+        return seen.sum(0)
+
+    def inside(self, least: int = 1, heads: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """Tell the cells of the group's brain: routed in half of the heads or more, and in ``least`` persons, [C]."""
+        chosen = np.arange(len(self)) if heads is None else np.asarray(heads, int)
+        if not len(chosen):
+            return np.zeros(self.expert.shape[1], bool)
+        return (self.routed[chosen].mean(0) >= COVERED) & (self.persons(chosen) >= least)
+
     def load(self) -> np.ndarray:
         """Share of all served slots that each expert has, [E]."""
         count = np.bincount(self.expert[self.expert >= 0], minlength=self.num_experts)
         return count / max(count.sum(), 1)
 
-    def influence(self) -> dict[str, np.ndarray]:
-        """Return what one cell does to the age of each head by either measure, [heads, C] years, experts aside.
-
-        The standard deviation over heads is the figure of a group: what is added to all heads alike tells no age.
-        """
-        return {"contribution": self.contribution.sum(-1), "occlusion": self.occlusion}
+    def influence(self) -> dict[str, Measured]:
+        """Return what one cell does to the age of each head by either measure, experts aside."""
+        measured = {
+            "contribution": (self.contribution.sum(-1), self.contribution_of),
+            "occlusion": (self.occlusion, self.occlusion_of),
+        }
+        return {name: Measured.of(v, of, self.age[of], self.run[of]) for name, (v, of) in measured.items()}
 
     def of_many(self, persons: int) -> Routes:
         """Return the same without contribution, or occlusion, that was measured on fewer persons than this."""
@@ -139,9 +158,21 @@ def joined(parts: Sequence[Routes]) -> Routes:
 @torch.no_grad()
 def route(net: BrainAgeNet, image: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Route one head [1, 1, X, Y, Z]: expert [C, K] int16 (-1 not served) and gate [C, K]."""
-    sfcn, layer, after = routed_part(net)
+    return route_tokens(net, *tokens_of(net, image))
+
+
+@torch.no_grad()
+def tokens_of(net: BrainAgeNet, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the routed layer gets of one head [1, 1, X, Y, Z]: map [1, D, X', Y', Z'] and mask [1, C]."""
+    sfcn, _, after = routed_part(net)
     before = sfcn.until(image, after)
-    mask = sfcn.token_mask(image, before.shape[2:])
+    return before, sfcn.token_mask(image, before.shape[2:])
+
+
+@torch.no_grad()
+def route_tokens(net: BrainAgeNet, before: Tensor, mask: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Route what `tokens_of` returned, as `route` does."""
+    sfcn, layer, _ = routed_part(net)
     _, routing = sfcn.route(layer, before, mask)
     inside = mask[0].cpu().numpy()
     expert = np.full((len(inside), layer.router.top_k), -1, np.int16)

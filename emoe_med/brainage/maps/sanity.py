@@ -12,8 +12,8 @@ from torch import Tensor
 
 from emoe_med.brainage.maps.cells import CellGrid, routed_part
 from emoe_med.brainage.maps.nulls import rotations
-from emoe_med.brainage.maps.regions import COVERED
-from emoe_med.brainage.maps.routes import Routes, route
+from emoe_med.brainage.maps.place import by_place, share_of_same
+from emoe_med.brainage.maps.routes import COVERED, Routes, route, route_tokens
 from emoe_med.brainage.maps.stability import match_experts
 from emoe_med.brainage.net import BrainAgeNet
 from emoe_med.config import BrainAgeConfig, ModelConfig
@@ -57,28 +57,30 @@ def _same(a: np.ndarray, b: np.ndarray) -> float:
     return float((a[both] == b[both]).mean()) if both.any() else float("nan")
 
 
-def random_router_r(net: BrainAgeNet, config: BrainAgeConfig, images: Sequence[Tensor], seeds: int = 3) -> list[float]:
+def random_router_r(
+    net: BrainAgeNet, config: BrainAgeConfig, tokens: Sequence[tuple[Tensor, Tensor]], seeds: int = 3
+) -> list[float]:
     """Put fresh, untrained routers into the network; return how well their maps match its own, matched r of each.
 
     Args:
         net: Network; its router is put back.
         config: How to build a router.
-        images: Heads, [1, 1, X, Y, Z] each.
+        tokens: Of heads, from `routes.tokens_of`.
         seeds: Routers to try.
     """
     layer, model = routed_part(net)[1], config.model
     assert isinstance(model, ModelConfig)
     assert model.moe is not None
     trained = layer.router
-    own = _occupancy(net, images)
+    own = _routes(net, tokens)
     found = []
     try:
         for seed in range(seeds):
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 fresh = model.moe.build(model.channels[model.moe.after_block - 1]).router
-            layer.router = fresh.eval().to(images[0].device)
-            other = _occupancy(net, images)
+            layer.router = fresh.eval().to(tokens[0][0].device)
+            other = _routes(net, tokens)
             inside = (own.coverage() >= COVERED) & (other.coverage() >= COVERED)
             match = match_experts(own.occupancy()[inside], other.occupancy()[inside])
             found.append(float(match.r.mean()))
@@ -87,8 +89,8 @@ def random_router_r(net: BrainAgeNet, config: BrainAgeConfig, images: Sequence[T
     return found
 
 
-def _occupancy(net: BrainAgeNet, images: Sequence[Tensor]) -> Routes:
-    routed = [route(net, image) for image in images]
+def _routes(net: BrainAgeNet, tokens: Sequence[tuple[Tensor, Tensor]]) -> Routes:
+    routed = [route_tokens(net, *some) for some in tokens]
     return Routes.of(*(np.stack(part) for part in zip(*routed, strict=True)), routed_part(net)[1].router.num_experts)
 
 
@@ -96,6 +98,7 @@ def position_share(routes: Routes, seed: int = 0) -> dict[str, Any]:
     """Return the share of the variance of routing that the cell alone explains, and that of a random router.
 
     1: every head is served by one and the same pattern, whatever its anatomy; about 1 / N: place plays no part.
+    `guessed` is the share of cells whose expert is the most frequent one there in other persons, of the same heads.
     """
     heads = np.random.default_rng(seed).permutation(len(routes))[:MAX_HEADS]
     served = np.stack([routes.served(head) for head in heads])  # [N, C, E]
@@ -107,7 +110,14 @@ def position_share(routes: Routes, seed: int = 0) -> dict[str, Any]:
     number, load = routed.sum(0).astype(int), count / count.sum()
     rng = np.random.default_rng(seed + 1)
     chance = [_explained(rng.multinomial(number, load).astype(float), number) for _ in range(200)]
-    return {"value": value, **_interval(value, drawn), "chance_high": float(np.quantile(chance, 0.975))}
+    first = routes.expert[heads, :, 0]
+    guessed = share_of_same(by_place(first, routes.person[heads], routes.num_experts), first)
+    return {
+        "value": value,
+        **_interval(value, drawn),
+        "chance_high": float(np.quantile(chance, 0.975)),
+        "guessed": float(np.nanmean(guessed)) if np.isfinite(guessed).any() else float("nan"),
+    }
 
 
 def _explained(count: np.ndarray, number: np.ndarray) -> float:
@@ -120,11 +130,15 @@ def _explained(count: np.ndarray, number: np.ndarray) -> float:
 
 def occlusion_agreement(routes: Routes, grid: CellGrid, seed: int = 0) -> dict[str, Any]:
     """Return Spearman's rho over cells of the contribution and occlusion maps, its interval over heads, its null."""
-    inside = routes.coverage() >= COVERED
-    measures = [values[:, inside] for values in routes.influence().values()]
+    inside = routes.inside()
+    measures = list(routes.influence().values())
     rng = np.random.default_rng(seed)
-    own, other = (values.std(0) for values in measures)
-    drawn = [_rho(*(v[rng.integers(len(v), size=len(v))].std(0) for v in measures)) for _ in range(200)]
+    own, other = (found.deviation()[inside] for found in measures)
+    draws = [rng.multinomial(len(found), np.full(len(found), 1 / len(found)), size=200) for found in measures]
+    drawn = [
+        _rho(a[inside], b[inside])
+        for a, b in zip(*(found.deviation(draw) for found, draw in zip(measures, draws, strict=True)), strict=True)
+    ]
     centres = grid.centres_mm[inside]
     turned = rotations(centres, np.ones(len(centres), bool), 1000, rng)
     null = [_rho(own, other[index]) for index in turned]

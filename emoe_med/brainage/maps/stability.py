@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from emoe_med.brainage.maps.nulls import rotations
+from emoe_med.brainage.maps.place import beyond_place, by_place
 
 THRESHOLD = 0.5
 UNSTABLE = "unstable, do not interpret"
 DRAWS = 200  # of each baseline, and of the interval over runs
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunMap:
     """One run's group map.
 
@@ -28,6 +30,9 @@ class RunMap:
         routed: [C], heads in which each cell was routed.
         inside: [C] bool, cells of the group's brain.
         reliability: Correlation with the map of as many other heads that the same run would give, see `reliability`.
+        head: [N], which heads of the cohort the run looked at.
+        person: [N], equal for all heads of a person.
+        expert: [N, C], first choice of each cell; -1 where it was not routed.
     """
 
     name: str
@@ -37,6 +42,14 @@ class RunMap:
     routed: np.ndarray
     inside: np.ndarray
     reliability: float = float("nan")
+    head: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    person: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    expert: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int16))
+
+    @cached_property
+    def place(self) -> np.ndarray:
+        """What a router that knows the place alone would choose, [N, C]."""
+        return by_place(self.expert, self.person, self.occupancy.shape[1])
 
 
 def reliability(half: np.ndarray, other: np.ndarray) -> float:
@@ -123,16 +136,17 @@ def stability(runs: Sequence[RunMap], centres_mm: np.ndarray, seed: int = 0) -> 
     rng = np.random.default_rng(seed)
     found = {name: _over_runs(matches, judged, name, len(runs), rng) for name in ("matched_r", "dice")}
     baselines = {
-        "position_only": _baseline(_turned(maps, centres_mm, inside, rng), judged)
+        "turned_patches": _baseline(_turned(maps, centres_mm, inside, rng), judged)
         | {"text": "patches of the same size and shape laid over the brain at random"},
         "random_router": _baseline(_random(runs, maps, inside, rng), judged)
         | {"text": "tokens dealt out at random, with the same load"},
     }
+    place = _beyond_place(runs, matches, judged)
     kinds: dict[str, list[Match]] = {}
     for a, b in pairs:
         kinds.setdefault(_kind(runs[a], runs[b]), []).append(matches[a, b])
     return {
-        **_verdict(found["matched_r"], baselines),
+        **_verdict(found["matched_r"], baselines, place),
         "threshold": THRESHOLD,
         "reliability": _mean_of([run.reliability for run in runs]),
         "runs": names,
@@ -142,6 +156,7 @@ def stability(runs: Sequence[RunMap], centres_mm: np.ndarray, seed: int = 0) -> 
             for kind, some in kinds.items()
         },
         **baselines,
+        "position_only": place,
         "pairs": [
             {
                 "a": names[a],
@@ -158,6 +173,24 @@ def stability(runs: Sequence[RunMap], centres_mm: np.ndarray, seed: int = 0) -> 
 def _mean_of(values: list[float]) -> float | None:
     known = [value for value in values if np.isfinite(value)]
     return float(np.mean(known)) if known else None
+
+
+def _beyond_place(
+    runs: Sequence[RunMap], matches: Mapping[tuple[int, int], Match], judged: list[tuple[int, int]]
+) -> dict[str, Any] | None:
+    """Compare runs in the heads that both looked at; None where no two runs of different seeds share a head."""
+    pairs = []
+    for a, b in judged:
+        one, other = runs[a], runs[b]
+        heads, first, second = np.intersect1d(one.head, other.head, return_indices=True)
+        if len(heads):
+            name = np.append(np.argsort(matches[a, b].expert), -1)  # by the first run's names; -1 stays -1
+            experts = one.expert[first], name[other.expert[second]]
+            pairs.append((*experts, one.place[first], name[other.place[second]], one.person[first]))
+    if not pairs:
+        return None
+    text = "in one and the same head, with either run's router replaced by one that knows the place alone"
+    return beyond_place(pairs) | {"text": text}
 
 
 def _kind(a: RunMap, b: RunMap) -> str:
@@ -212,22 +245,30 @@ def _baseline(draws: Any, judged: list[tuple[int, int]]) -> dict[str, Any]:
     }
 
 
-def _verdict(matched: Mapping[str, Any], baselines: Mapping[str, Any]) -> dict[str, Any]:
-    """Stable: at least the threshold, and its interval above that of both baselines."""
+def _verdict(
+    matched: Mapping[str, Any], baselines: Mapping[str, Any], place: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Stable: at least the threshold, its interval above both baselines, and more than places alone would give."""
     value, low = matched["value"], matched["low"]
-    place, chance = (baselines[name]["matched_r"] for name in ("position_only", "random_router"))
+    patches, chance = (baselines[name]["matched_r"] for name in ("turned_patches", "random_router"))
     figures = f"matched r {value:.2f} [{low:.2f}, {matched['high']:.2f}] across seeds"
     if value < THRESHOLD:
         reason = f"{figures} is below {THRESHOLD}: another training run gives other experts to the same regions."
-    elif low <= max(place["high"], chance["high"]):
+    elif low <= max(patches["high"], chance["high"]):
         reason = (
-            f"{figures} is not above what patches at random places reach ({place['value']:.2f}, up to "
-            f"{place['high']:.2f}) or a random router ({chance['value']:.2f}, up to {chance['high']:.2f})."
+            f"{figures} is not above what patches at random places reach ({patches['value']:.2f}, up to "
+            f"{patches['high']:.2f}) or a random router ({chance['value']:.2f}, up to {chance['high']:.2f})."
+        )
+    elif place and place["difference"]["low"] <= 0:
+        same, alone = place["same_expert"]["value"], place["by_place"]["value"]
+        reason = (
+            f"{figures}, but in one and the same head runs agree on the expert of {same:.0%} of cells, and a router "
+            f"that knows the place alone does so in {alone:.0%}: the maps show places, not what is there."
         )
     else:
         reason = (
             f"{figures}: other training runs find the same regions, beyond patches at random places "
-            f"({place['value']:.2f}, up to {place['high']:.2f}) and a random router (up to {chance['high']:.2f})."
+            f"({patches['value']:.2f}, up to {patches['high']:.2f}) and a random router (up to {chance['high']:.2f})."
         )
         return {"verdict": "stable", "stable": True, "reason": reason}
     return {"verdict": UNSTABLE, "stable": False, "reason": reason}

@@ -46,6 +46,7 @@ class Slice {
     }
     this.drawCrosshair(context, view.at);
     this.drawMarks(context, view.warning ? WARNING_PIXELS : 0);
+    if (view.map && view.smooth) drawText(context, "smoothed, display only", this.canvas.width / 2, 52, 20);
     if (view.warning) drawWarning(context, view.warning);
   }
 

@@ -18,7 +18,9 @@ from emoe_med.models.heads import TrainingAges
 FACTS = {
     "space": "MNI152NLin2009aSym",
     "subjects": 20,
+    "model": "one",
     "runs": ["seed0-fold0"],
+    "weights": ["0" * 64],
     "held_out": True,
     "synthetic": False,
     "view": "as it is",
@@ -79,9 +81,9 @@ def test_a_planted_blob_comes_back_within_half_a_cell(place, tmp_path):
         moved = net.net.until(10 * image, 1) - net.net.until(0 * image, 1)
     values = moved.abs().sum(1).flatten().numpy()
     background = Background(4.0, with_labels=False)
-    background.add(np.ones(shape, np.float32))
+    background.add("one", np.ones(shape, np.float32))
     write_maps(tmp_path, [Map("occupancy", values, "share", expert=0)], background, grid, "block1", FACTS)
-    written = nib.load(tmp_path / "space-MNI152NLin2009aSym_layer-block1_label-E00_desc-occupancy_probseg.nii.gz")
+    written = nib.load(tmp_path / "space-MNI152NLin2009aSym_res-4_label-E00_desc-occupancy_probseg.nii.gz")
     voxels = written.get_fdata()
     peak = np.argwhere(voxels == voxels.max())
     found = nib.affines.apply_affine(written.affine, peak).mean(0)
@@ -145,9 +147,9 @@ def test_background_votes_and_averages():
     head[5, 5, 5] = 3.0
     head[6, 6, 6] = -4.0
     label = np.zeros(background.shape, np.int32)
-    for value in (7, 9, 7):
+    for person, value in ((1, 7), (1, 9), (2, 9), (3, 7)):  # of a person, the first head counts
         label[5, 5, 5] = value
-        background.add(head, label)
+        background.add(person, head, label)
     assert background.majority()[5, 5, 5] == 7
     assert background.mean()[5, 5, 5] == pytest.approx(1)
     assert background.mean()[6, 6, 6] == 0  # the darkest there is

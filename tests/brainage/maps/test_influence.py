@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from emoe_med.brainage.maps.cells import CellGrid
 from emoe_med.brainage.maps.influence import GREY, contributions, occlusions
 from emoe_med.brainage.maps.routes import route
 from emoe_med.brainage.net import BrainAgeNet
@@ -11,9 +12,9 @@ from emoe_med.config import ModelConfig, MoEConfig
 from emoe_med.models.heads import TrainingAges
 
 
-def routed_net(top_k=1, head="l1"):
-    moe = MoEConfig(after_block=1, num_experts=4, top_k=top_k, router={"kind": "eigen", "rank": 4})
-    model = ModelConfig(channels=(8, 8), pooled=1, neck=8, dropout=0.0, head=head, moe=moe)
+def routed_net(top_k=1, head="l1", after=1):
+    moe = MoEConfig(after_block=after, num_experts=4, top_k=top_k, router={"kind": "eigen", "rank": 4})
+    model = ModelConfig(channels=(8, 8, 8), pooled=after, neck=8, dropout=0.0, head=head, moe=moe)
     net = BrainAgeNet(model, TrainingAges.of([20.0, 80.0])).eval()
     torch.nn.init.normal_(net.net.moe.experts.w2)
     for parameter in net.net.head.parameters():
@@ -68,21 +69,22 @@ def net_with_mean_output(net, layer, image, token, slot):
         experts.forward = before
 
 
-def test_occlusion_is_the_head_painted_grey():
-    net, image = routed_net(), head_image()
-    found = occlusions(net, image, 2).reshape(4, 4, 4)
-    assert (found[0] == 0).all()  # air alone
+@pytest.mark.parametrize(("blocks", "size"), [(1, (16, 14, 17)), (2, (28, 24, 20)), (2, (8, 8, 8))])
+def test_occlusion_is_the_head_painted_grey(blocks, size):
+    """Also where a cell is only run again with what surrounds it, at the ends of the box and beyond whole cells."""
+    net, image = routed_net(after=blocks), torch.randn(1, 1, *size)
+    image[..., :3, :, :] = 0
+    edge = net.net.cell(blocks)
+    grid = CellGrid(8.0, 1, edge, net.net.receptive_field(blocks))
+    cells = [n // edge for n in size]
+    found = occlusions(net, image, grid).reshape(cells)
+    air = 3 // edge
+    assert (found[:air] == 0).all()  # air alone
     with torch.no_grad():
         intact = float(net.ages(image)[0])
-        for cell in [(1, 2, 3), (3, 0, 1)]:
+        for cell in [(air, 1, 1), (cells[0] - 1, 0, cells[2] - 1), tuple(c // 2 for c in cells)]:
             painted = image.clone()
-            block = painted[(0, 0, *(slice(2 * c, 2 * c + 2) for c in cell))]
+            block = painted[(0, 0, *(slice(edge * c, edge * (c + 1)) for c in cell))]
             block[block != 0] = GREY  # the air in the cell stays air
             assert found[cell] == pytest.approx(intact - float(net.ages(painted)[0]), abs=1e-4)
     assert np.abs(found).max() > 0.01
-
-
-def test_voxels_that_fill_no_cell_are_never_painted():
-    net = routed_net()
-    image = torch.randn(1, 1, 9, 8, 8)
-    assert occlusions(net, image, 2).shape == (64,)

@@ -43,9 +43,10 @@ def manifest(tmp_path_factory):
 def arm(manifest, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     (out / "tiny.yaml").write_text(CONFIG)
-    for seed in (0, 1):
-        train = ("train", "--manifest", manifest, "--config", out / "tiny.yaml", "--out", out, "--fold", "all")
+    for seed, fold in ((0, "all"), (1, "0"), (1, "1")):
+        train = ("train", "--manifest", manifest, "--config", out / "tiny.yaml", "--out", out, "--fold", fold)
         run(*train, "--set", f"training.seed={seed}")
+    shutil.copytree(out / "tiny" / "expert_maps", out / "made by train")
     for checkpoint in (out / "tiny").glob("seed*/checkpoints/step-*"):
         amend(checkpoint, {"synthetic": True})  # as `demo` says from the start: no lower limit of persons
     return out / "tiny"
@@ -64,9 +65,18 @@ def test_every_volume_is_listed_named_and_true(maps):
     quantities = [(item["quantity"], item["expert"]) for item in index["maps"]]
     for expert in index["experts"]:
         assert {(q, expert) for q in ("occupancy", "gate", "contribution")} <= set(quantities)
-    group = {"contribution", "occlusion", "entropy", "margin", "coverage", "topexpert"}
+    group = {
+        "contribution",
+        "occlusion",
+        "contributionage",
+        "occlusionage",
+        "entropy",
+        "margin",
+        "coverage",
+        "topexpert",
+    }
     assert {(q, None) for q in group} <= set(quantities)
-    total = 0
+    total, measured = 0, {"contribution": 8, "occlusion": 8}  # two of each run at least
     for item in index["maps"]:
         image = nib.load(maps / item["file"])
         voxels = image.get_fdata()
@@ -78,11 +88,24 @@ def test_every_volume_is_listed_named_and_true(maps):
         sidecar = json.loads((maps / item["file"].replace(".nii.gz", ".json")).read_text())
         assert sidecar["Smoothing"] == "none"
         assert sidecar["CellSizeMm"] == 16.0
-        assert sidecar["Subjects"] == {"contribution": 8, "occlusion": 4}.get(item["quantity"], PERSONS)
+        assert sidecar["Subjects"] == measured.get(item["quantity"].removesuffix("age"), PERSONS)
+        assert set(sidecar["Runs"]) == set(index["runs"])
         total = total + voxels if item["quantity"] == "occupancy" else total
     inside = total > 0
     np.testing.assert_allclose(total[inside], 1, atol=1e-5)
     assert 0.1 < inside.mean() < 0.5
+
+
+def test_training_ends_with_the_same_files_for_all_folds(arm, maps):
+    """Of 21 persons taken for real: of contribution and occlusion too, with the parcels called by their names."""
+    folder = arm.parent / "made by train"
+    assert {path.name for path in folder.iterdir()} == {path.name for path in maps.iterdir()}
+    index = json.loads((folder / "maps.json").read_text())
+    assert (index["subjects"], index["subjects_contribution"], index["subjects_occlusion"]) == (PERSONS,) * 3
+    assert pd.read_csv(folder / "parcels.csv")["name"].tolist() == list(LABELS[1:])
+    coverage = nib.load(folder / next(item["file"] for item in index["maps"] if item["quantity"] == "coverage"))
+    shown = coverage.get_fdata()[coverage.get_fdata() > 0]
+    assert shown.min() > 0.8  # in 20 of 21 persons, some of whom have a second head without
 
 
 def test_nilearn_lays_the_map_over_the_head(maps):
@@ -127,7 +150,9 @@ def test_stability_and_sanity_say_what_they_found(maps):
     assert len(found["pairs"]) == 6
     assert found["by_kind"]["other seed, same fold"]["pairs"] == 2
     assert found["stable"] in (True, False)
-    assert found["position_only"]["matched_r"]["high"] > found["random_router"]["matched_r"]["high"]
+    assert found["position_only"]["heads"] >= 2 * PERSONS  # of two seeds, each by the other too
+    assert 0 < found["position_only"]["by_place"]["value"] <= 1
+    assert found["turned_patches"]["matched_r"]["high"] > found["random_router"]["matched_r"]["high"]
     checks = {check["name"]: check for check in json.loads((maps / "sanity.json").read_text())["checks"]}
     assert list(checks) == [
         *("shift", "mirror", "position_only", "random_router", "outside_brain", "experts_alive", "occlusion")
@@ -163,6 +188,15 @@ def test_one_run_of_few_real_heads_is_refused_and_more_heads_are_not(arm, manife
     assert index["held_out"] is False
     assert "contribution" not in {item["quantity"] for item in index["maps"]}
     assert index["verdict"].startswith("not tested")
+
+
+def test_without_heads_there_is_only_what_was_made(arm, maps, tmp_path):
+    page = (maps / "viewer.html").read_bytes()
+    (maps / "viewer.html").unlink()
+    assert "cells of 16 mm" in run("maps", "--run", arm).output
+    assert (maps / "viewer.html").read_bytes() == page
+    shutil.copytree(arm / "seed0-fold0", tmp_path / "seed0-fold0", ignore=shutil.ignore_patterns("expert_maps"))
+    assert "name the heads by --manifest" in run("maps", "--run", tmp_path / "seed0-fold0", code=2).output
 
 
 def test_heads_that_were_only_centred_take_no_atlas(arm, manifest, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from emoe_med.brainage.maps.cells import CellGrid
-from emoe_med.brainage.maps.label_table import fetch_atlas, labels_beside, read_labels
+from emoe_med.brainage.maps.label_table import fetch_atlas, names_of, read_labels
 from emoe_med.brainage.maps.parcels import ParcelCounts, Parcels
 from emoe_med.data.scan import Scan
 from emoe_med.data.volume import write_volume
@@ -32,9 +32,10 @@ def test_tables_of_bids_cerebra_and_aal(tmp_path):
 def test_a_table_above_the_labels_is_found(tmp_path):
     folder = tmp_path / "derivatives" / "phantom" / "sub-1" / "ses-1" / "anat"
     folder.mkdir(parents=True)
-    assert labels_beside(folder / "x_dseg.nii.gz") is None
+    assert names_of(folder / "x_dseg.nii.gz") == {}
+    assert names_of(folder / "x_DLMUSE.nii.gz")[47] == "Right Hippocampus"
     (tmp_path / "derivatives" / "phantom" / "dseg.tsv").write_text("index\tname\n1\tone\n")
-    assert labels_beside(folder / "x_dseg.nii.gz").parent.name == "phantom"
+    assert names_of(folder / "x_dseg.nii.gz") == names_of(folder / "x_DLMUSE.nii.gz") == {1: "one"}
 
 
 def test_unknown_names_and_unaligned_heads_are_refused():

@@ -5,6 +5,7 @@ import pytest
 from scipy import sparse, stats
 
 from emoe_med.brainage.maps.cells import CellGrid
+from emoe_med.brainage.maps.measured import Measured
 from emoe_med.brainage.maps.nulls import fdr, parcel_means, rotations, shuffles, upper_p
 from emoe_med.brainage.maps.parcels import ParcelCounts, Parcels
 from emoe_med.brainage.maps.regions import RegionStatistics, age_slope, laterality
@@ -61,16 +62,19 @@ def test_contribution_is_the_mean_over_the_parcel():
     first = np.flatnonzero(labels == 1)
     change[0, first, 0] = [1, 2, 3, 0, -1]
     change[1, first, 0] = -1
-    routes, counts = heads_with(labels, [np.arange(1200) % 2] * 2, contribution=change)
+    routes, counts = heads_with(labels, [np.arange(1200) % 2] * 2, ages=[70, 50], contribution=change)
     tables = RegionStatistics(routes, counts, GRID, draws=99)
     signed = tables.regions().set_index(["parcel", "expert"])["contribution"]
     assert signed[(1, "E00")] == pytest.approx((1 - 1) / 2)
     assert signed[(1, "E01")] == 0
     row = tables.parcels().set_index("parcel").loc[1]
-    # between two heads the SD is half of the difference: [1, 2, 3, 0, -1] and -1
-    assert row["contribution"] == pytest.approx((2 + 3 + 4 + 1 + 0) / 2 / 5)
-    assert row["contribution_ratio"] == pytest.approx(row["contribution"] / (5 / 1200))
+    # the SD of two heads is their difference over the root of 2: [1, 2, 3, 0, -1] and -1
+    assert row["contribution"] == pytest.approx((2 + 3 + 4 + 1 + 0) / 2**0.5 / 5)
+    assert row["contribution_ratio"] == pytest.approx(row["contribution"] / (10 / 2**0.5 / 1200))
     assert row["contribution_p"] < 0.05  # all of it is here
+    # 20 years between them
+    assert row["contribution_per_decade"] == pytest.approx((2 + 3 + 4 + 1 + 0) / 2 / 5)
+    assert row["contribution_per_decade_p"] < 0.05
     assert 0 <= row["contribution_low"] <= row["contribution"] <= row["contribution_high"] + 1e-9
 
 
@@ -172,15 +176,46 @@ def test_what_few_persons_have_is_left_out():
         count.count(np.where((labels == 2) & (head == 0), 0, labels), np.ones(GRID.shape, bool))
     expert = np.tile(np.arange(1200, dtype=np.int16) % 2, (5, 1))[..., None]
     change = np.random.default_rng(0).normal(size=(4, 1200, 2))
-    known = {"contribution": change, "contribution_of": np.arange(4)}
+    known = {"contribution": change, "contribution_of": np.arange(4), "age": np.array([20.0, 30, 40, 50, 60])}
     routes = Routes.of(expert, np.ones(expert.shape, np.float32), 2, **known)
     for least, kept, told in ((3, {1, 2}, {1, 2}), (4, {1, 2}, {1}), (5, {1}, set()), (6, set(), set())):
         tables = RegionStatistics(routes, count, GRID, draws=9, least=least)
         regions, parcels = tables.regions(), tables.parcels()
         assert set(regions["parcel"]) == set(parcels["parcel"]) == set(tables.common()) == kept
         assert set(regions.loc[regions["contribution"].notna(), "parcel"]) == told
-        for name in ("contribution", "contribution_low", "contribution_p"):
+        for name in ("contribution", "contribution_low", "contribution_p", "contribution_per_decade"):
             assert set(parcels.loc[parcels[name].notna(), "parcel"]) == told
+
+
+def test_what_a_run_adds_more_than_another_is_no_difference_between_heads():
+    """Within each run two heads differ by 2; between the runs lie 100, and 40 years."""
+    change = np.zeros((5, 1200))
+    change[:, 0] = [0, 2, 100, 102, 7]
+    ages = np.array([20.0, 30, 60, 70, 50])
+    found = Measured.of(change, np.arange(5), ages, np.array(["a", "a", "b", "b", "only one"]))
+    assert found.heads.tolist() == [0, 1, 2, 3]
+    assert found.deviation()[:2].tolist() == pytest.approx([2**0.5, 0])  # four heads, two of them for the means
+    assert found.per_decade()[:2].tolist() == pytest.approx([2, 0])
+    fit = stats.linregress(ages, np.array([1, 4, -3, 2, 9.0]))
+    one = Measured.of(np.array([[1, 4, -3, 2, 9.0]]).T, np.arange(5), ages, np.full(5, "a"))
+    assert one.per_decade()[0] == pytest.approx(10 * fit.slope)
+    assert one.deviation()[0] == pytest.approx(np.std([1, 4, -3, 2, 9], ddof=1))
+    twice = one.per_decade(np.array([[1.0, 1, 1, 1, 1], [2, 0, 1, 1, 1]]))
+    assert twice[0, 0] == pytest.approx(one.per_decade()[0])
+    unknown = Measured.of(np.array([[1, 4, -3, 2, 9, 50.0]]).T, np.arange(6), np.append(ages, np.nan), np.full(6, "a"))
+    assert unknown.per_decade()[0] == pytest.approx(10 * fit.slope)
+
+
+def test_a_cell_of_few_persons_belongs_to_no_map():
+    """Cell 0 in three heads of two persons, cell 1 in two of four heads, cell 2 in one, cell 3 in all."""
+    expert = np.array([[0, 0, -1, 0], [0, 0, -1, 1], [1, -1, 0, 0], [-1, -1, -1, 1]], np.int16)[..., None]
+    routes = Routes.of(expert, np.ones(expert.shape), 2, person=np.array([5, 5, 6, 7]))
+    assert routes.persons().tolist() == [2, 1, 1, 3]
+    assert routes.inside().tolist() == [True, True, False, True]
+    assert routes.inside(2).tolist() == [True, False, False, True]
+    assert routes.inside(3).tolist() == [False, False, False, True]
+    assert routes.inside(2, [0, 2]).tolist() == [True, False, False, True]
+    assert not routes.inside(1, []).any()
 
 
 def test_joined_runs_keep_whose_contribution_it_is():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from emoe_med.brainage.maps.cells import CellGrid
-from emoe_med.brainage.maps.routes import Routes, joined, route
+from emoe_med.brainage.maps.routes import Routes, joined, route, tokens_of
 from emoe_med.brainage.maps.sanity import (
     follows_mirror,
     follows_shift,
@@ -63,6 +63,8 @@ def test_share_of_place_by_hand():
     # two cells; in cell 0 always expert 0, in cell 1 each expert half the time: load 3/4, 1/4
     expert = np.array([[0, 0], [0, 1], [0, 0], [0, 1]], np.int16)[..., None]
     found = position_share(Routes.of(expert, np.ones(expert.shape), 2))
+    # by place alone: cell 0 always right; cell 1, of whose other heads two went the other way, never
+    assert found["guessed"] == pytest.approx(1 / 2)
     # between: 4 * 2 * (1/4)^2 + 4 * 2 * (1/4)^2 = 1; total: 8 * (1 - 10/16) = 3
     assert found["value"] == pytest.approx(1 / 3)
     same = np.tile(np.array([0, 1, 1, 0], np.int16)[None, :, None], (6, 1, 1))
@@ -99,12 +101,13 @@ def test_agreement_is_spearmans_and_has_a_null():
 def test_an_untrained_router_is_put_in_and_taken_out():
     net, config = net_of({"kind": "eigen", "rank": 4})
     trained = net.net.moe.router
-    found = random_router_r(net, config, [head() for _ in range(3)], seeds=2)
+    found = random_router_r(net, config, [tokens_of(net, head()) for _ in range(3)], seeds=2)
     assert len(found) == 2
     assert net.net.moe.router is trained
     assert all(-1 <= r <= 1 for r in found)
     # the router of a place is no other when made anew: the check would see it
-    assert random_router_r(*net_of({"kind": "hash"}), [head()], seeds=1) == pytest.approx([1])
+    net, config = net_of({"kind": "hash"})
+    assert random_router_r(net, config, [tokens_of(net, head())], seeds=1) == pytest.approx([1])
 
 
 def test_interval_over_heads_is_students():

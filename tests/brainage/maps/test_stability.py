@@ -5,6 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
+from emoe_med.brainage.maps.place import by_place, share_of_same
 from emoe_med.brainage.maps.stability import UNSTABLE, RunMap, match_experts, reference_run, reliability, stability
 
 CENTRES = np.stack(np.meshgrid(*[np.arange(7.0) * 16] * 3, indexing="ij")).reshape(3, -1).T
@@ -57,7 +58,8 @@ def test_one_map_under_other_names_is_stable():
     found = stability(runs, CENTRES)
     assert found["stable"] is True
     assert found["matched_r"]["value"] > 0.9
-    assert found["position_only"]["matched_r"]["high"] < found["matched_r"]["low"]
+    assert found["position_only"] is None  # no head was looked at twice
+    assert found["turned_patches"]["matched_r"]["high"] < found["matched_r"]["low"]
     assert found["random_router"]["matched_r"]["value"] < 0.2
     assert {kind: some["pairs"] for kind, some in found["by_kind"].items()} == {
         "same seed, other fold": 3,
@@ -82,6 +84,40 @@ def test_agreement_that_patches_at_random_places_reach_as_well_is_not_enough():
     assert found["matched_r"]["value"] > 0.5
     assert found["stable"] is False
     assert "patches at random places" in found["reason"]
+
+
+def looked(seed, expert, rename=(0, 1, 2, 3)):
+    """A run of one fold and the heads that it routed, [N, C]."""
+    expert = np.asarray(rename)[expert].astype(np.int16)
+    run = run_map(seed, 0, np.eye(4)[expert].mean(0))
+    run.head, run.person, run.expert = 10 + np.arange(len(expert)), np.arange(len(expert)), expert
+    return run
+
+
+def test_maps_of_mere_places_are_not_to_be_interpreted():
+    """Two runs have one map. Where heads differ, one pair of runs sees it alike and the other goes by place."""
+    rng = np.random.default_rng(0)
+    base = np.tile(smooth_map(0).argmax(1), (12, 1))
+    own = np.where(rng.random(base.shape) < 0.3, rng.integers(4, size=base.shape), base)  # of each head
+    other = np.where(rng.random(base.shape) < 0.3, rng.integers(4, size=base.shape), base)
+    alike = stability([looked(0, own), looked(1, own, (2, 0, 3, 1))], CENTRES)
+    assert alike["stable"] is True
+    assert alike["position_only"]["same_expert"]["value"] == 1
+    # of the cells 0.7 + 0.3 / 4 have the expert of their place
+    assert alike["position_only"]["by_place"]["value"] == pytest.approx(0.775, abs=0.02)
+    apart = stability([looked(0, own), looked(1, other, (2, 0, 3, 1))], CENTRES)
+    assert apart["matched_r"]["value"] > 0.9
+    assert apart["position_only"]["difference"]["value"] < 0
+    assert apart["verdict"] == UNSTABLE
+    assert "knows the place alone" in apart["reason"]
+
+
+def test_the_expert_of_a_place_is_that_of_other_persons():
+    expert = np.array([[0, 1, -1], [0, 1, -1], [1, 1, 2], [1, 0, -1]])
+    found = by_place(expert, np.array([7, 7, 8, 9]), 3)
+    # cell 0: of person 7 the others went to 1, 1; of 8 to 0, 0, 1; of 9 to 0, 0, 1; cell 2 was routed in person 8 alone
+    assert found.tolist() == [[1, 0, 2], [1, 0, 2], [0, 1, -1], [0, 1, 2]]
+    assert share_of_same(expert, found).tolist() == pytest.approx([0, 0, 1 / 2, 0])
 
 
 def test_one_seed_tests_nothing():

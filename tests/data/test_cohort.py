@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from emoe_med.data.cohort import SITES, draw_person, write_cohort
+from emoe_med.data.cohort import SITES, draw_person, scan_person, write_cohort
 from emoe_med.data.phantom import LABELS, PLANTED_CENTRE_MM, PLANTED_RADII_MM, draw_head
 from emoe_med.errors import DataError
 
@@ -177,3 +177,15 @@ def test_negative_control_keeps_the_label_and_loses_the_effect():
     assert without.image[region].min() > 0.99
     assert with_region.image[region].mean() < 0.7
     np.testing.assert_array_equal(with_region.image[grid(4)[0] > 0], without.image[grid(4)[0] > 0])
+
+
+@pytest.mark.parametrize("others_age", [True, False])
+def test_the_rest_ages_where_it_is_told_to(others_age):
+    person = draw_person(0, 4)
+    how = {"planted": True, "spacing_mm": 8.0, "others_age": others_age}
+    young, old = (scan_person(person, age, np.random.default_rng(0), **how)[2] for age in (25.0, 80.0))
+    count = [np.isin(head.labels, label("left_ventricle", "right_ventricle")).sum() for head in (young, old)]
+    assert (count[1] > 1.2 * count[0]) == others_age
+    assert others_age or count[0] == count[1]
+    inside = young.labels == LABELS.index("planted_region")
+    assert old.image[inside].mean() < 0.8 * young.image[inside].mean()

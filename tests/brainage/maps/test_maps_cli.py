@@ -150,7 +150,7 @@ def test_stability_and_sanity_say_what_they_found(maps):
     assert len(found["pairs"]) == 6
     assert found["by_kind"]["other seed, same fold"]["pairs"] == 2
     assert found["stable"] in (True, False)
-    assert found["position_only"]["heads"] >= 2 * PERSONS  # of two seeds, each by the other too
+    assert found["position_only"]["heads"] >= PERSONS  # each by two runs of one fold
     assert 0 < found["position_only"]["by_place"]["value"] <= 1
     assert found["turned_patches"]["matched_r"]["high"] > found["random_router"]["matched_r"]["high"]
     checks = {check["name"]: check for check in json.loads((maps / "sanity.json").read_text())["checks"]}

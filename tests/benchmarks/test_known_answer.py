@@ -52,7 +52,7 @@ def test_the_judge_reads_the_tables(tmp_path):
 
 @pytest.mark.faults
 def test_the_planted_region_is_found(tmp_path):
-    """One of the seeds on which the settings were chosen."""
-    found = known_answer.one(tmp_path, 50, 64, planted=True)
+    """One seed of the documented run."""
+    found = known_answer.one(tmp_path, 73, 64, planted=True)
     assert (found["top"], found["rank"]) == ("planted_region", 1)
     assert found["p"] < 0.05

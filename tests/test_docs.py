@@ -98,7 +98,7 @@ def test_pipelines(tmp_path, real_data):
 
 
 def test_scale(tmp_path):
-    sizes = {"100 1000": "12", "10000 50000": "50", "--registered 16": "--registered 1 --epochs 1"}
+    sizes = {"100 1000": "20", "10000 50000": "50", "--registered 16": "--registered 1 --epochs 1"}
     sizes["benchmarks/"] = f"{ROOT}/benchmarks/"
     run_page("docs/scale.md", tmp_path, sizes)
 

@@ -1,9 +1,9 @@
 """Time the data path at the size of a biobank: what grows with the cohort, and what does not.
 
-    python benchmarks/scale.py [--volumes 100 1000] [--rows 10000 100000] [--registered 16]
+    python benchmarks/scale.py [--volumes 100 1000] [--rows 10000 100000] [--registered 16] [--epochs 6]
 
 Heads are SYNTHETIC (drawn, 4 mm, all different). Each cohort runs in a process of its own: `check`, filling the cache,
-starting again with a warm one, six epochs of training that read every volume from the cache, memory after each
+starting again with a warm one, epochs of training that read every volume from the cache, memory after each
 pass. Prints JSON lines: CPU seconds of one thread, and wall seconds, which on a shared machine mean little.
 docs/scale.md has the arithmetic.
 """
@@ -57,7 +57,7 @@ def tell(**figures: Any) -> None:
     print(json.dumps(figures), flush=True)
 
 
-def measure_cohort(volumes: int, registered: int) -> None:
+def measure_cohort(volumes: int, registered: int, epochs: int) -> None:
     """Take a synthetic cohort through the whole path."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -76,7 +76,7 @@ def measure_cohort(volumes: int, registered: int) -> None:
         tell(entry_kib=sum(sizes) / len(sizes) / 1024, entries=len(sizes))
         for _ in range(PASSES):
             tell(read=read_all(heads))
-        tell(epochs=train(heads, folder / "run"))
+        tell(epochs=train(heads, folder / "run", epochs))
         aligned, _ = timed(lambda: HeadDataset(scans[:registered], ChainOptions(4.0), folder / "aligned").build())
         tell(registered=registered, **aligned)
 
@@ -87,10 +87,10 @@ def read_all(heads: HeadDataset) -> dict[str, float]:
     return {**spent, "resident_mib": resident_mib()}
 
 
-def train(heads: HeadDataset, folder: Path) -> list[dict[str, float]]:
-    """Train six epochs of the 4 mm run file, every volume read from disk each time."""
+def train(heads: HeadDataset, folder: Path, epochs: int) -> list[dict[str, float]]:
+    """Train by the 4 mm run file, every volume read from disk each time."""
     memory.LIMIT_BYTES = 0  # a large cohort does not fit
-    config = load_run(CONFIG, ["data.oversample=1", "training.epochs=6", "augment.shift_voxels=1"])
+    config = load_run(CONFIG, ["data.oversample=1", f"training.epochs={epochs}", "augment.shift_voxels=1"])
     indices = list(range(len(heads)))
     held_out = max(8, len(indices) // 10)
     task = Watched(config, heads, indices[held_out:], indices[:held_out], {})
@@ -111,7 +111,8 @@ class Watched(BrainAgeTask):
         cpu, wall = self._since
         self._since = (time.process_time(), time.perf_counter())
         spent = {"cpu_s": self._since[0] - cpu, "wall_s": self._since[1] - wall}
-        self.epochs.append({**spent, "resident_mib": resident_mib()})
+        rate = {"trained_per_cpu_s": len(self.train_data) / spent["cpu_s"]}
+        self.epochs.append({**spent, **rate, "resident_mib": resident_mib()})
         return super().end_of_epoch(model)
 
 
@@ -159,17 +160,18 @@ def main() -> None:
     parser.add_argument("--volumes", type=int, nargs="*", default=[100, 1000])
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000])
     parser.add_argument("--registered", type=int, default=16, help="volumes that are registered, to time it")
+    parser.add_argument("--epochs", type=int, default=6, help="of training; many show whether memory stays flat")
     parser.add_argument("--one", choices=["volumes", "rows"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one == "volumes":
-        measure_cohort(options.volumes[0], options.registered)
+        measure_cohort(options.volumes[0], options.registered, options.epochs)
     elif options.one == "rows":
         measure_rows(options.rows[0])
     else:
         for kind in ("rows", "volumes"):
             for count in getattr(options, kind):
                 command = [sys.executable, __file__, "--one", kind, f"--{kind}", str(count)]
-                command += ["--registered", str(options.registered)]
+                command += ["--registered", str(options.registered), "--epochs", str(options.epochs)]
                 subprocess.run(command, check=True)
 
 

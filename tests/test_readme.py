@@ -1,7 +1,10 @@
 """What the README shows must run."""
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
+
+from fenced import BY_HAND, ELSEWHERE, PAGES, RECORDS, RUN_WHOLE, commands, is_left_to_others
 
 SHOWN = ("emoe_med/**/*.py", "configs/**/*.yaml", "docs/*.md", "data_manifests/*.md", "*.md")
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -74,3 +77,13 @@ def test_tests_that_a_page_names_are_there():
     }
     assert len(named) > 20
     assert not [name for name in sorted(named) if not (here / name).exists()]
+
+
+def test_every_command_of_every_page_is_run_somewhere():
+    shown = [(page, line) for page in PAGES for line in commands(page)]
+    assert len(shown) > 50
+    known = (*RUN_WHOLE, *RECORDS)
+    assert not [(page, line) for page, line in shown if page not in known and not is_left_to_others(line)]
+    for pattern in (*ELSEWHERE, *BY_HAND):
+        assert any(fnmatch(line, pattern) for _, line in shown), f"nothing shows {pattern} any more"
+    assert all((Path(__file__).parent / test).is_file() for test in ELSEWHERE.values())

@@ -94,6 +94,7 @@ def _folds(text: str, count: int) -> list[int]:
 
 def _show_runs(run_dirs: list[Path], out: Path, as_json: bool) -> None:
     from emoe_med.training.arm import headline
+    from emoe_med.training.store import served_from
     from emoe_med.training.ui import map_links
 
     metrics = {str(run_dir): json.loads((run_dir / "metrics.json").read_text()) for run_dir in run_dirs}
@@ -105,7 +106,7 @@ def _show_runs(run_dirs: list[Path], out: Path, as_json: bool) -> None:
         guess = _estimate(test["mae_training_median"])
         say(f"{run}: MAE {_estimate(test['mae'])}, in years; guessing the training median: {guess}")
     say(f"report: {run_dirs[-1] / 'report' / 'report.html'}")
-    say(f"tracking: python -m emoe_med.brainage ui --out {out}")
+    say(f"tracking: python -m emoe_med.brainage ui --out {served_from(out)}")
     for line in map_links(out, run_dirs):
         say(line)
 

@@ -77,6 +77,12 @@ def database(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///"))
 
 
+def served_from(out: Path) -> Path:
+    """Return the folder whose `ui` shows the runs of `out`: another one where a pipeline keeps one store for all."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return database(uri).parent if uri.startswith("sqlite:") else out
+
+
 def artifacts_folder(database: Path) -> Path:
     """Return the folder beside a sqlite store that a server must be given as its artifact destination."""
     return database.parent / "mlartifacts"

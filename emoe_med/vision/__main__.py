@@ -52,6 +52,7 @@ def train(
 
     Example: python -m emoe_med.vision train --dataset imagenet --data-root ILSVRC2012
     """
+    from emoe_med.training.store import served_from
     from emoe_med.vision.run import chosen_run
 
     _check_dataset(dataset)
@@ -66,7 +67,7 @@ def train(
         return
     for name, found in metrics.items():
         say(f"{name}: top-1 {_percent(found['test']['top1'])}; top-5 {_percent(found['test']['top5'])}")
-    say(f"tracking: python -m emoe_med.vision ui --out {out}")
+    say(f"tracking: python -m emoe_med.vision ui --out {served_from(out)}")
 
 
 def _check_dataset(name: str | None) -> None:

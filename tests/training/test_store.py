@@ -1,7 +1,7 @@
 import pytest
 
 from emoe_med.errors import ConfigError
-from emoe_med.training.store import serve, tracking_uri
+from emoe_med.training.store import serve, served_from, tracking_uri
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +14,15 @@ def test_the_default_is_a_database_in_the_folder_of_the_runs(tmp_path, monkeypat
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5001/")
     assert tracking_uri(None, tmp_path) == "http://localhost:5001"
     assert tracking_uri("none", tmp_path) == "none"
+
+
+def test_runs_are_shown_where_their_store_lies(tmp_path, monkeypatch):
+    runs = tmp_path / "runs" / "key"
+    assert served_from(runs) == runs
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(None, tmp_path / "runs"))  # as a pipeline does
+    assert served_from(runs) == tmp_path / "runs"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://example.org")
+    assert served_from(runs) == runs
 
 
 def test_a_relative_database_means_the_same_for_every_process(tmp_path, monkeypatch):

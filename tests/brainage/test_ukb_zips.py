@@ -83,7 +83,7 @@ def test_zipped_and_unzipped_items_become_rows_alike(bulk, tmp_path):
     assert row["transform"] == f"{item}/transforms/T1_to_MNI_linear.mat"
     assert {each.path: each.reason for each in built.skipped} == {
         "1000005_20252_2_0.zip": "is not a whole zip archive (File is not a zip file)",
-        "1000006_20252_2_0.zip": "no T1 with a brain mask, and no T1_brain",
+        "1000006_20252_2_0.zip": "no folder T1 in it",
     }
     assert built.notes == ()
     assert all(scan.transform for scan in manifest.scans)

@@ -34,8 +34,8 @@ QUANTITIES: dict[tuple[str, bool], dict[str, Any]] = {
         "label": "Contribution of an expert",
         "unit": "years",
         "digits": 3,
-        "note": "Mean change of the predicted age that the expert makes in the cell, against the mean of all experts. "
-        "Red: heads look older for it. Blue: younger.",
+        "note": "Mean change of the predicted age that the expert makes in the cell, against the mean of all experts; "
+        "0 in heads where it does not serve the cell, which count. Red: heads look older for it. Blue: younger.",
     },
     ("contribution", False): {
         "label": "Contribution of the layer",
@@ -127,6 +127,14 @@ def verdict_html(stability: Mapping[str, Any]) -> str:
             f"with one of the runs replaced by a router that knows the place alone {number(alone['value'])} "
             f"{interval(alone)}"
         )
+    kinds = [
+        f"{kind} {number(found['matched_r'])} ({found['pairs']} pairs)"
+        for kind, found in (stability.get("by_kind") or {}).items()
+    ]
+    if kinds:
+        figures.append(f"matched r by kind of pair: {', '.join(kinds)}")
+    if (own := stability.get("reliability")) is not None:
+        figures.append(f"a run with itself, over halves of its persons, {number(own)}: the most that noise allows")
     told = f"<br><small>Agreement of runs, 1 being the same map: {'; '.join(figures)}.</small>" if figures else ""
     return f'<div class="verdict {kind}" role="alert"><p>{head}{told}</p></div>'
 
@@ -166,12 +174,12 @@ def remark(expert: str, regions: Sequence[Mapping[str, Any]], doubted: bool) -> 
     clear = [
         row
         for row in regions
-        if row["expert"] == expert and row["q"] is not None and row["q"] < SIGNIFICANT and (row["enrichment"] or 0) > 1
+        if row["expert"] == expert and (row["p_family"] or 1) < SIGNIFICANT and (row["enrichment"] or 0) > 1
     ]
     if not clear:
-        return f"{expert}: enriched in no parcel (q < {SIGNIFICANT})"
+        return f"{expert}: enriched in no parcel (p < {SIGNIFICANT}, corrected for all parcels and experts)"
     first = sorted(clear, key=lambda row: -row["enrichment"])[:3]
-    told = ", ".join(f"×{row['enrichment']:.1f} in {row['name']} (q {_small(row['q'])})" for row in first)
+    told = ", ".join(f"×{row['enrichment']:.1f} in {row['name']} (p {_small(row['p_family'])})" for row in first)
     more = f" and {len(clear) - len(first)} more" if len(clear) > len(first) else ""
     return f"{expert}: enriched {told}{more}{'; not shown to be stable' if doubted else ''}"
 

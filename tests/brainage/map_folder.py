@@ -128,7 +128,11 @@ def write_tables(folder, parcels, random):
             estimate |= {"share_of_mass": share / 9, "contribution": years}
             estimate |= {"contribution_low": years - 0.1, "contribution_high": years + 0.1, "enrichment": 8 * share}
             estimate |= dict.fromkeys(("p_random", "p_rotated", "p"), 0.001 if hit else random.uniform(0.1, 1))
-            estimate |= {"q": 0.004 if hit else 0.8, "laterality": None if hit else 0.02}
+            estimate |= {
+                "q": 0.004 if hit else 0.8,
+                "p_family": 0.004 if hit else 0.8,
+                "laterality": None if hit else 0.02,
+            }
             estimate |= {"slope_per_decade": 0.01, "slope_low": -0.01, "slope_high": 0.03, "slope_p": 0.3}
             estimate |= {"slope_q": 0.6, "n_voxels": counts[parcel - 1], "covered": 0.97, "n_subjects": 36}
             rows.append({"parcel": parcel, "name": name, "expert": expert, **estimate})

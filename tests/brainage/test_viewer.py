@@ -64,8 +64,8 @@ def test_the_page_starts_in_the_planted_cell_and_parcels_lead_there(folder):
 
 def test_a_remark_claims_what_the_table_shows_and_no_more(folder):
     remarks = {expert["name"]: expert["remark"] for expert in data_of(folder)["experts"]}
-    assert remarks["E03"] == "E03: enriched ×7.4 in Right hippocampus (q 0.004)"
-    assert remarks["E00"] == "E00: enriched in no parcel (q < 0.05)"
+    assert remarks["E03"] == "E03: enriched ×7.4 in Right hippocampus (p 0.004)"
+    assert remarks["E00"] == "E00: enriched in no parcel (p < 0.05, corrected for all parcels and experts)"
     assert list(remarks) == EXPERTS
 
 

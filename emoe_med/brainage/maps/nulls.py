@@ -72,6 +72,25 @@ def upper_p(observed: np.ndarray, null: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(observed), (1 + beaten) / (1 + len(null)), np.nan)
 
 
+def family_p(observed: np.ndarray, null: np.ndarray) -> np.ndarray:
+    """Return p of observed [...] against the largest entry of each null draw [B, ...]: for one finding among many.
+
+    Every entry is measured in units of its own null's spread. However many entries there are, the smallest p is
+    1 / (1 + B); a false discovery rate of a lone finding cannot fall below their number times that. Source: Westfall
+    and Young 1993.
+    """
+    known = np.isfinite(null)
+    number = np.maximum(known.sum(0), 1)
+    centre = np.where(known, null, 0).sum(0) / number
+    spread = np.sqrt((np.where(known, null - centre, 0) ** 2).sum(0) / number)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        height, drawn = (observed - centre) / spread, (null - centre) / spread
+    usable = np.isfinite(observed) & (spread > 1e-9)
+    largest = np.where(known & usable, drawn, -np.inf).reshape(len(null), -1).max(1)
+    beaten = (largest.reshape(-1, *[1] * observed.ndim) >= height - 1e-9).sum(0)
+    return np.where(usable, (1 + beaten) / (1 + len(null)), np.nan)
+
+
 def fdr(p: np.ndarray) -> np.ndarray:
     """Correct p values [...] for their number, NaN left out. Source: Benjamini and Hochberg 1995."""
     q = np.full(p.shape, np.nan)

@@ -11,7 +11,7 @@ from scipy import sparse, stats
 
 from emoe_med.brainage.maps.cells import CellGrid
 from emoe_med.brainage.maps.measured import Measured
-from emoe_med.brainage.maps.nulls import fdr, parcel_means, rotations, shuffles, upper_p
+from emoe_med.brainage.maps.nulls import family_p, fdr, parcel_means, rotations, shuffles, upper_p
 from emoe_med.brainage.maps.parcels import ParcelCounts
 from emoe_med.brainage.maps.routes import Routes
 from emoe_med.brainage.metrics import DEFAULT_BOOTSTRAP, MIN_PERSONS
@@ -47,10 +47,10 @@ class RegionStatistics:
     def regions(self) -> pd.DataFrame:
         """Return one row per parcel and expert; the columns stand in docs/expert_maps.md."""
         routes, served, occupancy = self.routes, self._served, self._occupancy
-        by_person, age = self._persons(occupancy, routes.age, np.arange(len(routes)))
+        by_person = self._persons(occupancy, routes.age, np.arange(len(routes)))[0]
         signed = self._means(routes.contribution, routes.contribution_of)
-        p_random, p_rotated = self._enrichment_p(served, occupancy)
-        slope = age_slope(by_person, age, max(MIN_PERSONS, self.least))
+        p_random, p_rotated, p_family = self._enrichment_p(served, occupancy)
+        slope = self._age_slope(occupancy)
         p = np.maximum(p_random, p_rotated)
         contribution = self._persons(signed, routes.age, routes.contribution_of)[0]
         contribution = np.where(np.isfinite(contribution).sum(0) >= self.least, contribution, np.nan)
@@ -61,7 +61,7 @@ class RegionStatistics:
             "share_of_mass": self._share_of_mass(served),
             **_with_interval("contribution", contribution),
             "enrichment": enrichment,
-            **{"p_random": p_random, "p_rotated": p_rotated, "p": p, "q": fdr(p)},
+            **{"p_random": p_random, "p_rotated": p_rotated, "p": p, "q": fdr(p), "p_family": p_family},
             "laterality": self._laterality(),
             **{f"slope_{name}": value for name, value in slope.items()},
             "slope_q": fdr(slope["p"]),
@@ -166,7 +166,21 @@ class RegionStatistics:
         heads = np.unique(np.linspace(0, len(served) - 1, NULL_HEADS).astype(int))
         maps, observed = [served[head] for head in heads], _mean(occupancy[heads])
         observed[self._persons_with(heads) < self.least] = np.nan
-        return [upper_p(observed, self._null(maps, heads, index)) for index in (None, self._turned)]
+        by_lot, turned = (self._null(maps, heads, index) for index in (None, self._turned))
+        return [upper_p(observed, by_lot), upper_p(observed, turned), family_p(observed, turned)]
+
+    def _age_slope(self, occupancy: np.ndarray) -> dict[str, np.ndarray]:
+        """Fit occupancy [N, P, E] on age over persons, both less the mean of their run: runs route differently."""
+        routes = self.routes
+        values, age = occupancy.copy(), routes.age.astype(float)
+        for run in np.unique(routes.run):
+            mine = routes.run == run
+            values[mine] -= _mean(values[mine])
+            known = mine & np.isfinite(age)
+            age[known] -= age[known].sum() / max(known.sum(), 1)
+        by_person, age = self._persons(values, age, np.arange(len(routes)))
+        seen_by = {tuple(np.unique(routes.run[routes.person == person])) for person in np.unique(routes.person)}
+        return age_slope(by_person, age, max(MIN_PERSONS, self.least), means=len(seen_by))
 
     def _share_of_mass(self, served: list[np.ndarray]) -> np.ndarray:
         """Share of each expert's brain voxels that lie in each parcel, [P, E]."""
@@ -194,11 +208,12 @@ class RegionStatistics:
             value = np.where(few, np.nan, over_parcels(cells[:, None], same)[0, :, 0])
             drawn = over_parcels(np.concatenate([statistic(count) for count in counts]).T, same)[0]
             low, high = np.quantile(np.where(np.isfinite(value)[:, None], drawn, np.nan), [0.025, 0.975], axis=1)
-            p = upper_p(value, over_parcels(cells[:, None], turned)[..., 0])
+            null = over_parcels(cells[:, None], turned)[..., 0]
+            p = upper_p(value, null)
             columns |= {title: value, f"{title}_low": low, f"{title}_high": high}
             if title == name:
                 columns[f"{title}_ratio"] = value / max(float(brain @ cells / max(brain.sum(), 1e-12)), 1e-12)
-            columns |= {f"{title}_p": p, f"{title}_q": fdr(p)}
+            columns |= {f"{title}_p": p, f"{title}_q": fdr(p), f"{title}_p_family": family_p(value, null)}
         return columns
 
     def _laterality(self) -> np.ndarray:
@@ -216,8 +231,14 @@ def laterality(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.where(total > 0, (left - right) / np.where(total > 0, total, 1), np.nan)
 
 
-def age_slope(values: np.ndarray, age: np.ndarray, least: int = MIN_PERSONS) -> dict[str, np.ndarray]:
+def age_slope(values: np.ndarray, age: np.ndarray, least: int = MIN_PERSONS, means: int = 1) -> dict[str, np.ndarray]:
     """Fit each column of values [N, ...] on age [N] by least squares, NaN rows of a column left out.
+
+    Args:
+        values: To be told by age.
+        age: Years.
+        least: Persons.
+        means: Means that were taken off beforehand, or are here: each costs a degree of freedom.
 
     Returns:
         per_decade, low and high (95 % t interval) and two-sided p, [...]; NaN from fewer persons than ``least``, or
@@ -226,6 +247,7 @@ def age_slope(values: np.ndarray, age: np.ndarray, least: int = MIN_PERSONS) -> 
     flat = _flat(values)
     known = np.isfinite(flat) & np.isfinite(age)[:, None]
     n = known.sum(0)
+    free = n - 1 - means
     years = np.where(known, age[:, None] / 10, 0)
     y = np.where(known, flat, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -233,10 +255,10 @@ def age_slope(values: np.ndarray, age: np.ndarray, least: int = MIN_PERSONS) -> 
         y_gap = np.where(known, y - y.sum(0) / n, 0)
         sxx, sxy, syy = (x_gap**2).sum(0), (x_gap * y_gap).sum(0), (y_gap**2).sum(0)
         slope = sxy / sxx
-        error = np.sqrt(np.maximum(syy - slope * sxy, 0) / (n - 2) / sxx)
-        p = np.where(error > 0, 2 * stats.t.sf(np.abs(slope / error), n - 2), np.where(slope == 0, 1.0, 0.0))
-        half = stats.t.ppf(0.975, n - 2) * error
-    enough = (n >= least) & (sxx > 1e-9)
+        error = np.sqrt(np.maximum(syy - slope * sxy, 0) / free / sxx)
+        p = np.where(error > 0, 2 * stats.t.sf(np.abs(slope / error), free), np.where(slope == 0, 1.0, 0.0))
+        half = stats.t.ppf(0.975, free) * error
+    enough = (n >= least) & (free > 0) & (sxx > 1e-9)
     found = {"per_decade": slope, "low": slope - half, "high": slope + half, "p": p}
     return {name: np.where(enough, value, np.nan).reshape(values.shape[1:]) for name, value in found.items()}
 

@@ -39,7 +39,8 @@ DESCRIPTIONS = {  # by quantity, and whether of one expert
     ("gate", True): "mean combine weight of the expert, 0 in heads where it does not serve the cell",
     ("contribution", True): "mean over heads of the predicted age minus that with the expert's output replaced by the "
     "mean of all experts'",
-    ("contribution", False): "standard deviation over heads of the same, whichever expert serves, within runs",
+    ("contribution", False): "standard deviation over heads, within runs, of the change of the predicted age when the "
+    "expert that serves is replaced",
     ("occlusion", False): "standard deviation over heads of the predicted age minus that with the cell painted grey, "
     "within runs",
     ("contributionage", False): "slope over heads, on age, of that contribution, within runs",

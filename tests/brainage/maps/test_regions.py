@@ -6,7 +6,7 @@ from scipy import sparse, stats
 
 from emoe_med.brainage.maps.cells import CellGrid
 from emoe_med.brainage.maps.measured import Measured
-from emoe_med.brainage.maps.nulls import fdr, parcel_means, rotations, shuffles, upper_p
+from emoe_med.brainage.maps.nulls import family_p, fdr, parcel_means, rotations, shuffles, upper_p
 from emoe_med.brainage.maps.parcels import ParcelCounts, Parcels
 from emoe_med.brainage.maps.regions import RegionStatistics, age_slope, laterality
 from emoe_med.brainage.maps.routes import Routes, joined
@@ -132,6 +132,48 @@ def test_p_values_and_fdr():
     assert upper_p(np.array([2.0]), null)[0] == pytest.approx(3 / 5)  # a tie counts against the finding
     p = np.array([0.01, np.nan, 0.04, 0.03])
     np.testing.assert_allclose(fdr(p), [0.03, np.nan, 0.04, 0.04])
+
+
+def test_one_finding_among_many_is_seen_by_the_largest_of_each_draw():
+    """A lone finding: the false discovery rate of 400 tests with 199 draws cannot fall below 1, this can."""
+    rng = np.random.default_rng(0)
+    null = rng.normal(size=(199, 100, 4)) * np.linspace(0.1, 9, 100)[None, :, None] + 3
+    observed = null[0].copy()
+    observed[7, 2] = 3 + 8 * null[:, 7, 2].std()
+    observed[50, 1] = np.nan
+    found = family_p(observed, null[1:])
+    assert found[7, 2] == pytest.approx(1 / 199)
+    assert fdr(upper_p(observed, null[1:]))[7, 2] > 0.5
+    assert np.isnan(found[50, 1])
+    assert np.nanmin(np.delete(found.ravel(), 7 * 4 + 2)) > 0.05
+    by_hand = np.array([[0.0, 10.0], [1.0, 20.0], [2.0, 60.0]])  # spreads 0.816 and 21.6, means 1 and 30
+    # in such units the draws reach 1.22 -> their larger ones are -0.93, 0, 1.39
+    assert family_p(np.array([1.0, 59.0]), by_hand).tolist() == [3 / 4, 2 / 4]
+
+
+def test_a_run_that_routes_otherwise_does_not_hide_a_slope():
+    """Two runs with loads far apart, each with the same fall on age."""
+    labels, rng = left_right(), np.random.default_rng(0)
+    cells = np.flatnonzero(labels == 1)
+    experts, ages, runs = [], [], []
+    for head in range(40):
+        run, age = head % 2, 30.0 + head
+        ages, runs = [*ages, age], [*runs, f"seed0-fold{run}"]
+        drawn = np.zeros(1200, int)
+        served = (1 if age < 50 else 0) + 3 * run + int(rng.random() < 0.3)
+        drawn[cells[:served]] = 1
+        experts.append(drawn)
+    routes, counts = heads_with(labels, experts, ages=ages)
+    pooled = RegionStatistics(routes, counts, GRID, draws=9).regions().set_index(["parcel", "expert"]).loc[(1, "E01")]
+    routes.run = np.array(runs)
+    within = RegionStatistics(routes, counts, GRID, draws=9).regions().set_index(["parcel", "expert"]).loc[(1, "E01")]
+    assert within["slope_p"] < 1e-3 < pooled["slope_p"]
+    value = np.array([(expert[cells] == 1).mean() for expert in experts])
+    design = np.column_stack([np.array(ages) / 10, np.arange(40) % 2 == 0, np.arange(40) % 2 == 1]).astype(float)
+    expected, squares, *_ = np.linalg.lstsq(design, value, rcond=None)
+    assert within["slope_per_decade"] == pytest.approx(expected[0])
+    error = np.sqrt(squares[0] / 37 * np.linalg.inv(design.T @ design)[0, 0])
+    assert within["slope_high"] - within["slope_per_decade"] == pytest.approx(stats.t.ppf(0.975, 37) * error)
 
 
 def test_laterality_by_hand():

@@ -142,7 +142,7 @@ def test_no_break_of_a_raw_head_is_silent_by_the_full_path(real_data, one, tmp_p
     """All heads go through strip and bias field first, which take out shading; masks that are given do not count."""
     heads(real_data, 0, 38).drop(columns="labels").to_csv(tmp_path / "raw.csv", index=False)
     run("preprocess", "--manifest", tmp_path / "raw.csv", "--data-root", "/", "-o", tmp_path / "prepared",
-        "--steps", "full", "--spacing", 4, "--jobs", 2)  # fmt: skip
+        "--steps", "full", "--spacing", 2, "--jobs", 2)  # fmt: skip
     table = pd.read_csv(tmp_path / "prepared" / "manifest.csv").drop(columns=["status", "reason"])
     for column in ("image", "mask"):
         table[column] = [str(tmp_path / "prepared" / name) for name in table[column]]

@@ -159,7 +159,7 @@ def test_no_break_of_a_raw_head_is_silent_by_the_full_path(real_data, one, tmp_p
     given["age"] = np.where(given["participant_id"] == "too_old", 97.0, 50.0)
     answer = predict(run_dir, given, tmp_path, code=8).set_index("participant_id")
     silent = set(answer.index[answer["status"] == "ok"])
-    # 28 training heads leave room for a little sharpness less; with 131 the last two are flagged (docs/preprocessing.md)
+    # 28 training heads leave room for a little less sharpness; with 131 these two are flagged (docs/preprocessing.md)
     blunt = {"thick_slices_repeated", "registered_to_the_template"}
     assert silent - blunt == {"whole", "shaded"}, answer[["status", "reason"]].to_string()
     mended, whole = answer.loc[["shaded", "whole"], "predicted_age"]

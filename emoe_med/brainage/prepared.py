@@ -64,7 +64,7 @@ def prepared_like(
         if len(whole) == len(scans):
             require_extra()
         made |= {row: (Outcome(row, (lacking_extra(str(scan.image), row),)), scan) for row, scan in whole.items()}
-    else:
+    elif whole:
         made |= _prepare(whole, usual, cache_dir, digests, jobs)
     stripped |= {row: raw[row] for row, (outcome, _) in made.items() if outcome.broke("VOL-STRIPPED")}
     if stripped:

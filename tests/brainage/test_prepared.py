@@ -214,17 +214,23 @@ def test_a_folder_of_volumes_is_read_with_its_masks(model, prepared, tmp_path):
     assert not found["reason"].str.contains("states|in training").any()
 
 
-def test_without_the_extra_a_raw_head_is_one_line(model, raw, prepared, tmp_path, monkeypatch):
+@pytest.fixture
+def of_full_path(monkeypatch):
+    """Make every model one of volumes of the full path, whose packages are missing."""
     monkeypatch.setattr("emoe_med.data.prepare.EXTRA", ("no_such_package",))
     steps = {**Preparation(4.0, "light").steps(), "Path": "full"}
     load = inference.TrainedModel.load
 
-    def of_full_path(run_dir):
+    def changed(run_dir):
         found = load(run_dir)
-        found.contract["strip"]["prepared"] = steps
+        found.contract["strip"] |= {"prepared": steps, "stated": {json.dumps(steps, sort_keys=True): 3}}
         return found
 
-    monkeypatch.setattr(inference.TrainedModel, "load", of_full_path)
+    monkeypatch.setattr(inference.TrainedModel, "load", changed)
+
+
+@pytest.mark.usefixtures("of_full_path")
+def test_without_the_extra_a_raw_head_is_one_line(model, raw, prepared, tmp_path):
     arguments = ("predict", "--run", model, "-o", tmp_path / "ages.csv", "--data-root", "/", "-i")
     lines = run(*arguments, some(raw, tmp_path), code=2).stderr.splitlines()
     (line,) = [line for line in lines if not line.startswith("note")]
@@ -232,18 +238,9 @@ def test_without_the_extra_a_raw_head_is_one_line(model, raw, prepared, tmp_path
     run(*arguments, some(prepared, tmp_path))  # what is preprocessed needs none
 
 
-def test_an_altered_volume_goes_the_light_way_and_is_flagged(model, raw, prepared, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("of_full_path")
+def test_an_altered_volume_goes_the_light_way_and_is_flagged(model, raw, prepared, tmp_path):
     """Turned or cut short since `preprocess` wrote it: mended where that is safe, else refused by itself."""
-    monkeypatch.setattr("emoe_med.data.prepare.EXTRA", ("no_such_package",))
-    steps = {**Preparation(4.0, "light").steps(), "Path": "full"}
-    load = inference.TrainedModel.load
-
-    def of_full_path(run_dir):
-        found = load(run_dir)
-        found.contract["strip"] |= {"prepared": steps, "stated": {json.dumps(steps, sort_keys=True): 3}}
-        return found
-
-    monkeypatch.setattr(inference.TrainedModel, "load", of_full_path)
     shutil.copytree(prepared.parent, tmp_path / "p")
     table = pd.read_csv(tmp_path / "p" / "manifest.csv", dtype=str)
     for name in ("image", "mask"):
@@ -261,7 +258,6 @@ def test_an_altered_volume_goes_the_light_way_and_is_flagged(model, raw, prepare
     assert "VOL-TRUNC" in found.loc[1, "reason"]
     assert "PREP-EXTRA" in found.loc[2, "reason"]  # a whole head alone needs the skull strip
     assert "Path is light, in training full" in found.loc[0, "reason"]
-    monkeypatch.undo()
     as_it_was = ages(model, prepared.parent, tmp_path).loc[0, "predicted_age"]
     assert found.loc[0, "predicted_age"] == pytest.approx(as_it_was, abs=1)
 

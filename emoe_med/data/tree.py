@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from emoe_med.data.files import DICOM_HINT
@@ -33,21 +33,21 @@ def scans_in(folder: Path, out: Path | None = None) -> list[Scan]:
         DataError: PREP-MIXED, heads of two layouts, which may be the same persons; PREP-NONE, with the line to run
             where the folder holds DICOM files.
     """
-    found = {
-        layout: sorted(pair for pair in find(folder) if not _lies_in(pair[0], out)) for layout, find in _LAYOUTS.items()
-    }
+
+    def heads(find: Callable[[Path], Pairs]) -> list[tuple[Path, Path | None]]:
+        return sorted(pair for pair in find(folder) if not _lies_in(pair[0], out))
+
+    found = {layout: heads(find) for layout, find in _LAYOUTS.items()}
     own = {layout: [pair for pair in pairs if not _is_derived(pair[0], folder)] for layout, pairs in found.items()}
     found = {layout: pairs for layout, pairs in (own if any(own.values()) else found).items() if pairs}
     if len(found) > 1:
         what = " and ".join(f"{len(pairs)} {layout}" for layout, pairs in found.items())
         hint = "give the folder of one of them, or a manifest"
         raise DataError(Fault("PREP-MIXED", f"holds {what}", file=str(folder), hint=hint))
-    for layout, pairs in found.items() or [
-        ("heads", sorted(p for p in _any_volume(folder) if not _lies_in(p[0], out)))
-    ]:
-        if pairs:
-            LOG.warning("note: %s: %d %s", folder.name, len(pairs), layout)
-            return [_scan(folder, row, image, mask) for row, (image, mask) in enumerate(pairs, start=1)]
+    ((layout, pairs),) = found.items() or [("heads", heads(_any_volume))]
+    if pairs:
+        LOG.warning("note: %s: %d %s", folder.name, len(pairs), layout)
+        return [_scan(folder, row, image, mask) for row, (image, mask) in enumerate(pairs, start=1)]
     if any(_is_dicom(file) for file in sorted(folder.rglob("*"))[:1000]):
         raise DataError(Fault("PREP-NONE", "holds DICOM files", file=str(folder), hint=DICOM_HINT))
     raise DataError(Fault("PREP-NONE", "holds no .nii, .nii.gz or .mgz head", file=str(folder)))

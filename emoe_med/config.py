@@ -133,6 +133,7 @@ class EvaluationConfig(Section):
     flip_average: bool = Field(False, description="average the prediction with that of the mirrored head")
     average_phases: bool = Field(False, description="average over all positions of the model's grid on the cached")
     bootstrap: int = Field(2000, ge=1000, description="draws over persons")
+    maps: bool = Field(True, description="make the expert maps after training; `maps --run` makes them at any time")
 
 
 class TrackingConfig(Section):

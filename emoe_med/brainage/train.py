@@ -86,7 +86,7 @@ def train(
         with machine.together():
             if machine.first:
                 _summarise(config, out, group)
-                if len(run_dirs) > 1:
+                if config.evaluation.maps and len(run_dirs) > 1:
                     done = [run for run in sorted(group.glob("seed*-fold*")) if is_done(run)]
                     maps_after_training(group, done, cohort, publish_maps)
     return run_dirs
@@ -178,7 +178,8 @@ def _train_fold(
                     write_viewer(maps)
                     record_maps(tracker, maps)
 
-                maps_after_training(run_dir, [run_dir], cohort, publish)
+                if config.evaluation.maps:
+                    maps_after_training(run_dir, [run_dir], cohort, publish)
                 LOG.info("fold %d: test MAE %.2f years", fold, metrics["test"]["mae"]["value"])
 
 

@@ -108,6 +108,14 @@ def test_training_ends_with_the_same_files_for_all_folds(arm, maps):
     assert shown.min() > 0.8  # in 20 of 21 persons, some of whom have a second head without
 
 
+def test_training_makes_no_maps_where_the_run_file_says_so(manifest, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    train = ("train", "--manifest", manifest, "--config", tmp_path / "tiny.yaml", "--out", tmp_path, "--fold", "all")
+    run(*train, "--set", "evaluation.maps=false", "--set", "training.epochs=1")
+    assert (tmp_path / "tiny" / "summary.json").is_file()
+    assert not list(tmp_path.rglob("expert_maps"))
+
+
 def test_nilearn_lays_the_map_over_the_head(maps):
     from nilearn.image import resample_to_img
 

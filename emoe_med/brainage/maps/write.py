@@ -43,7 +43,7 @@ DESCRIPTIONS = {  # by quantity, and whether of one expert
     "expert that serves is replaced",
     ("occlusion", False): "standard deviation over heads of the predicted age minus that with the cell painted grey, "
     "within runs",
-    ("contributionage", False): "slope over heads, on age, of that contribution, within runs",
+    ("contributionage", False): "slope over heads, on age, of the contribution of the expert that serves, within runs",
     ("occlusionage", False): "slope over heads, on age, of what occlusion changes, within runs",
     ("entropy", False): "entropy of occupancy over experts",
     ("margin", False): "largest minus second largest occupancy",

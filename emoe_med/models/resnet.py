@@ -89,6 +89,14 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    def train(self, mode: bool = True) -> ResNet:
+        """As every module; a norm whose scale is held keeps its statistics too, or it would go on learning by them."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
     @property
     def stages(self) -> list[nn.Sequential]:
         """The four stages, in order."""

@@ -193,8 +193,15 @@ class SingleGated(nn.Module):
         return self.base.beyond(self.base.until(image, self.stages), self.stages)
 
     def probed(self, image: Tensor) -> dict[str, Tensor]:
-        """Return what the base's head could see of images [B, F]."""
-        return self.base.probed(image)
+        """Return what the heads could see of images [B, 2 F]: the base's features, then the likeliest expert's."""
+        shared = self.base.until(image, self.stages)
+        features = self.base.beyond(shared, self.stages)
+        chosen, expert_features = self.gate(features).argmax(1), torch.empty_like(features)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero().squeeze(1)
+            if len(rows):
+                expert_features[rows] = self._beyond(expert, shared[rows]).to(features.dtype)
+        return {"mean": torch.cat([features, expert_features], 1)}
 
     def forward(self, image: Tensor) -> ModelOutput:
         """Map images to outputs [B, O]; `routing["gate"]` has one slot for each expert that an image got."""
@@ -230,7 +237,10 @@ class SingleGated(nn.Module):
             return self.ensembler.join(outputs.float(), torch.cat([1 - half.sum(1, keepdim=True), half], 1))
 
     def _expert(self, expert: Any, shared: Tensor) -> Tensor:
-        return expert.answer(expert.beyond(shared, self.stages))
+        return expert.answer(self._beyond(expert, shared))
+
+    def _beyond(self, expert: Any, shared: Tensor) -> Tensor:
+        return expert.beyond(shared, self.stages)
 
     @torch.no_grad()
     def cost(self, image: Tensor) -> dict[str, int]:

@@ -70,7 +70,7 @@ def _probed(dataset: str, shots: str, feature: str, probe: str, run_dir: Path) -
 
 
 def _mapped(name: str, run_dir: Path) -> tuple[pd.Series, float | None]:
-    """A figure of the expert-class map, averaged over layers; nothing where nothing is routed."""
+    """A figure of the expert-class map, its mean over layers; nothing where nothing is routed."""
     path = run_dir / "expert_maps" / "expert_class.json"
     return _one(json.loads(path.read_text())["mean"][name]) if path.is_file() else pd.Series(dtype=float), None
 

@@ -19,7 +19,7 @@ NAMES = ("table.md", "table.csv")
 UNITS = {
     "persons": "95 % bootstrap intervals over seeds and persons",
     "images": "95 % bootstrap intervals over seeds and test images",
-    "draws": "95 % t intervals over draws of supports, for the seeds at hand",
+    "draws": "95 % t intervals over seeds and draws of supports",
     "runs": "means over runs",
 }
 Lines = tuple[list[str], list[list[str]]]  # header, rows

@@ -62,9 +62,11 @@ class Cell:
     wins: bool = False
 
     def beats_guessing(self, better: str | None) -> bool | None:
-        """Whether the whole interval is better than guessing; None where one of them is missing."""
-        if self.own is None or self.guess is None or self.own["low"] is None or self.own["high"] is None:
+        """Whether the whole interval is better than guessing; without an interval it is not; None: nobody can guess."""
+        if self.own is None or self.guess is None:
             return None
+        if self.own["low"] is None or self.own["high"] is None:
+            return False
         return self.own["high"] < self.guess if better == "lower" else self.own["low"] > self.guess
 
 

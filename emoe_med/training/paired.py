@@ -44,25 +44,38 @@ def difference(values: np.ndarray, control: np.ndarray) -> Estimate:
 
 
 def estimate_of_draws(values: np.ndarray) -> Estimate:
-    """Return the mean of values [S, W] with a t interval over its few random draws W, for the seeds at hand."""
-    by_draw = np.nanmean(_with_values(values), axis=0)
-    n, value = len(by_draw), float(by_draw.mean())
-    if n < 2:
+    """Return the mean of values [S, W], S seeds by W random draws, with a t interval for other seeds and draws.
+
+    A hundred draws tell nothing of another training: the variance is that of the means of draws and that of the
+    means of seeds together, with the degrees of freedom of the latter. With one seed the interval is over draws alone.
+    """
+    values = _with_values(values)
+    value, error, freedom = _crossed_t(values)
+    if error is None or values.shape[1] < MIN_SAMPLES:
         return {"value": value, "low": None, "high": None, **_counts(values)}
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * by_draw.std(ddof=1)) / math.sqrt(n)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
     return {"value": value, "low": value - half, "high": value + half, **_counts(values)}
 
 
 def difference_of_draws(values: np.ndarray, control: np.ndarray) -> Estimate:
-    """Return the mean paired difference over draws [S, W] with its t interval and the p of the paired t test."""
+    """Return the mean paired difference over [S, W] with its interval, and p from two seeds on."""
     paired = _with_values(np.asarray(values, float) - np.asarray(control, float))
-    by_draw = np.nanmean(paired, axis=0)
+    value, error, freedom = _crossed_t(paired)
     found = estimate_of_draws(paired)
-    if len(by_draw) < 2:
+    if found["low"] is None or error is None or len(paired) < 2:
         return {**found, "p": None}
-    if np.ptp(by_draw) == 0:  # the test divides by the spread
-        return {**found, "p": 1.0 if by_draw[0] == 0 else 0.0}
-    return {**found, "p": float(stats.ttest_1samp(by_draw, 0.0).pvalue)}
+    if error == 0:
+        return {**found, "p": float(value == 0)}
+    return {**found, "p": float(2 * stats.t.sf(abs(value) / error, freedom))}
+
+
+def _crossed_t(values: np.ndarray) -> tuple[float, float | None, int]:
+    """Mean of values [S, W], its standard error over both (None where there is one of each), degrees of freedom."""
+    means = [part for part in (np.nanmean(values, axis=axis) for axis in (0, 1)) if len(part) > 1]
+    if not means:
+        return float(np.nanmean(values)), None, 0
+    variance = sum(part.var(ddof=1) / len(part) for part in means)
+    return float(np.nanmean(values)), math.sqrt(variance), len(means[-1]) - 1
 
 
 def crossed_draws(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarray:

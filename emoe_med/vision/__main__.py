@@ -116,7 +116,9 @@ def fewshot(
     dataset: Annotated[str | None, typer.Option("--dataset", help="another data set than that of the run")] = None,
     data_root: RootOption = None,
     shots: Annotated[str, typer.Option("--shots", help="supports of each class")] = "1,5,10",
-    draws: Annotated[int, typer.Option("--draws", min=1, help="random draws of supports; 100 for one shot")] = 5,
+    draws: Annotated[
+        int | None, typer.Option("--draws", min=1, help="random draws of supports; 100 for one shot, 5 for more")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Probe the frozen features with a few labelled images of each class.

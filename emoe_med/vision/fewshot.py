@@ -7,43 +7,46 @@ supports nor tests, for each draw by itself. Letters: n supports, d features, C 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Subset
 
 from emoe_med.data.image_layouts import Files, Pixels
-from emoe_med.data.images import DATASETS, ImageDataset, list_images
+from emoe_med.data.images import DATASETS, ImageDataset, list_images, split
 from emoe_med.errors import DataError, Fault
+from emoe_med.training.paired import estimate_of_draws
 from emoe_med.training.run_folder import replace_file
 from emoe_med.training.task import MapDataset
 from emoe_med.vision.evaluate import TrainedClassifier
 
 PENALTIES = 2.0 ** np.arange(-10, 20)
 HELD_OUT = 10  # further training images of each class that choose the penalty
-LEVEL = 0.95
+ONE_SHOT_DRAWS, DRAWS = 100, 5  # a single image of each class scatters most
+LOG = logging.getLogger("emoe_med")
 
 
 def fewshot(
-    run_dir: Path, dataset: str | None, root: Path | None, shots: Sequence[int], draws: int
+    run_dir: Path, dataset: str | None, root: Path | None, shots: Sequence[int], draws: int | None = None
 ) -> tuple[dict[str, Any], Path]:
     """Probe a run's features by ridge, logistic regression and class means, and write `fewshot/<dataset>.json`.
 
-    Other numbers of shots that the file has stay in it.
+    Other numbers of shots that the file has stay in it, and so do more draws than these. On the run's own data set
+    the supports and those that choose the penalty are images that it never learned from or was selected on, as long
+    as there are enough; its features have seen labels of the same classes even so.
 
     Args:
         run_dir: Run folder with a trained checkpoint; its weights stay as they are.
         dataset: Data set to probe on; that of the run if not given.
         root: Where it lies.
         shots: Supports of each class.
-        draws: Random draws of supports; intervals are over these.
+        draws: Random draws of supports, over which the intervals are; 100 for one shot and 5 for more if not given.
 
     Returns:
         ``{shot: {feature: {probe: {value, low, high, n, by_draw, classes}}}}`` in percent of the whole test set, and
@@ -58,7 +61,13 @@ def fewshot(
     if DATASETS[name].channels != model.meta["channels"]:
         raise DataError(Fault("IMG-CHANNELS", f"{name} and the run's images differ in colour"))
     listing = list_images(name, root)
-    chosen = {(shot, draw): supports(listing.train.labels, shot, draw) for shot in shots for draw in range(draws)}
+    pool = _unseen(model, listing.train.labels, max(shots)) if name == model.config.data.dataset else None
+    wanted_draws = {shot: draws or (ONE_SHOT_DRAWS if shot == 1 else DRAWS) for shot in shots}
+    chosen = {
+        (shot, draw): supports(listing.train.labels, shot, draw, pool)
+        for shot, count in wanted_draws.items()
+        for draw in range(count)
+    }
     wanted = np.unique(np.concatenate([np.concatenate(pair) for pair in chosen.values()]))
     train = features(model, Subset(_dataset(model, listing.train), wanted.tolist()))
     test = features(model, _dataset(model, listing.test))
@@ -68,40 +77,61 @@ def fewshot(
         report[str(shot)] = {}
         for kind in train:
             found: dict[str, list[float]] = {name: [] for name in (*PROBES, "nearest_mean")}
-            for draw in range(draws):
+            for draw in range(wanted_draws[shot]):
                 support, held = (np.searchsorted(wanted, part) for part in chosen[shot, draw])
                 x, y = train[kind][support], train_labels[support]
+                unseen = train[kind][held], train_labels[held]
                 for probe_name, fit in PROBES.items():
                     probe = fit(x, y, len(listing.classes))
-                    accuracies = [probe.accuracy(i, train[kind][held], train_labels[held]) for i in range(probe.count)]
-                    # of equally good penalties the largest
-                    best = probe.count - 1 - int(np.argmax(accuracies[::-1]))
-                    found[probe_name].append(probe.accuracy(best, test[kind], test_labels))
+                    found[probe_name].append(probe.accuracy(penalty_of(probe, *unseen), test[kind], test_labels))
                 found["nearest_mean"].append(nearest_mean(x, y, test[kind], test_labels))
             report[str(shot)][kind] = {
-                probe: {**_interval(values), "by_draw": values, "classes": len(listing.classes)}
+                probe: {**estimate_of_draws(np.array([values])), "by_draw": values, "classes": len(listing.classes)}
                 for probe, values in found.items()
             }
     path = run_dir / "fewshot" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     before = json.loads(path.read_text()) if path.is_file() else {}
+    report = {shot: max(before.get(shot, found), found, key=_draws) for shot, found in report.items()}
     replace_file(path, (json.dumps({**before, **report}, indent=1) + "\n").encode())
     return report, path
+
+
+def penalty_of(probe: Ridge | Logistic, held: np.ndarray, labels: np.ndarray) -> int:
+    """Return the place of the penalty that is best on held-out images [n, d]; of equally good ones the largest."""
+    accuracies = [probe.accuracy(i, held, labels) for i in range(probe.count)]
+    return probe.count - 1 - int(np.argmax(accuracies[::-1]))
+
+
+def _draws(by_feature: Mapping[str, Mapping[str, Any]]) -> int:
+    return min(found["n"] for by_probe in by_feature.values() for found in by_probe.values())
+
+
+def _unseen(model: TrainedClassifier, labels: np.ndarray, shot: int) -> np.ndarray | None:
+    """Return the training images that a run neither learned from nor was selected on; None where these are too few."""
+    data = model.config.data
+    used = np.concatenate(split(labels, data.val_share, data.train_images, data.split_seed))
+    pool = np.setdiff1d(np.arange(len(labels)), used)
+    if np.bincount(labels[pool], minlength=labels.max() + 1).min() > shot:
+        return pool
+    LOG.warning("note: the probes are of images that the run learned from: no others are left of each class")
+    return None
 
 
 def _dataset(model: TrainedClassifier, part: Files | Pixels) -> ImageDataset:
     return ImageDataset(part, model.config.data.resize, model.meta["channels"])
 
 
-def supports(labels: np.ndarray, shot: int, draw: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw supports and held-out images of each class at random; returns their indices.
+def supports(labels: np.ndarray, shot: int, draw: int, pool: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Draw supports and held-out images of each class at random, of a pool of indices or of all; returns indices.
 
     Raises:
         DataError: IMG-SHOTS, a class has fewer images than supports and one held out.
     """
     support, held = [], []
+    pool = np.arange(len(labels)) if pool is None else pool
     for c in np.unique(labels):
-        order = np.random.default_rng([draw, int(c)]).permutation(np.flatnonzero(labels == c))
+        order = np.random.default_rng([draw, int(c)]).permutation(pool[labels[pool] == c])
         if len(order) <= shot:
             raise DataError(
                 Fault("IMG-SHOTS", f"class {c} has {len(order)} images: too few for {shot} and one held out")
@@ -172,12 +202,3 @@ def nearest_mean(x: np.ndarray, y: np.ndarray, test: np.ndarray, test_labels: np
     means = np.stack([x[y == c].mean(0) for c in np.unique(y)])
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     return 100 * float(np.mean(np.unique(y)[(test @ means.T).argmax(1)] == test_labels))
-
-
-def _interval(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Return the mean over draws with its t interval; none from a single draw."""
-    n, mean = len(values), float(np.mean(values))
-    if n < 2:
-        return {"value": mean, "low": None, "high": None, "n": n}
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return {"value": mean, "low": mean - half, "high": mean + half, "n": n}

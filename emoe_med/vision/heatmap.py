@@ -46,21 +46,23 @@ def write_heatmap(run_dir: Path, model: TrainedClassifier, listing: Listing) -> 
 
     `expert_class.html`, a page of all of it; `expert_class.csv` (layer, expert, class, mean patches of an image,
     p(expert | class)), `expert_class.json` (NMI of expert and class, entropy of p(expert | class) over ln E, CV of
-    the load; by layer, and returned) and a picture of each layer.
+    the load; by layer and their mean, and returned) and a picture of each layer.
     """
     data = ImageDataset(listing.test, model.config.data.resize, model.meta["channels"])
     images = np.bincount(listing.test.labels, minlength=len(listing.classes))
     maps = {name: counts / np.maximum(images, 1) for name, counts in expert_class_counts(model, data).items()}
+    figures = {name: describe(counts) for name, counts in maps.items()}
+    # not those of the mean map: experts of two layers have nothing but their number in common
+    figures["mean"] = pd.DataFrame(figures).mean(axis=1).to_dict()
     maps["mean"] = np.mean(list(maps.values()), axis=0)
     folder = run_dir / FOLDER
     folder.mkdir(exist_ok=True)
-    figures = {name: describe(counts) for name, counts in maps.items()}
-    replace_file(folder / "expert_class.json", (json.dumps(figures, indent=1) + "\n").encode())
     replace_file(folder / "expert_class.csv", _table(maps, listing.classes).to_csv(index=False).encode())
     for name, counts in maps.items():
         _draw(counts, listing.classes, f"{name}: patches of an image by expert and class", folder / f"{name}.png")
     title = f"{model.config.name} on {model.config.data.dataset}, {len(listing.test.labels)} images"
     replace_file(folder / PAGE, heatmap_page(title, maps, listing.classes, figures).encode())
+    replace_file(folder / "expert_class.json", (json.dumps(figures, indent=1) + "\n").encode())  # last: all is there
     return figures
 
 

@@ -40,8 +40,9 @@ th:first-child, td:first-child {{ text-align: left }} small {{ color: #5b6875 }}
 <table id="figures"><thead><tr><th>layer</th><th>NMI of expert and class</th><th>entropy of p(expert | class)</th>
 <th>load CV</th></tr></thead><tbody></tbody></table>
 <p><small>NMI: 0 knows nothing of the class, 1 names it. Entropy is over ln of the number of experts: 1 where every
-class uses all experts alike. Load CV: 0 where all experts serve as many patches. Mean is the average over layers:
-experts of two layers have nothing but their number in common, so that it looks more even than any layer.</small></p>
+class uses all experts alike. Load CV: 0 where all experts serve as many patches. The figures of the mean are
+those of the layers, averaged. Its map joins experts of different layers, which have nothing but their number in
+common: it looks more even than any layer.</small></p>
 <script>
 const DATA = {data};
 const byId = (id) => document.getElementById(id);

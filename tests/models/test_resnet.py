@@ -83,3 +83,13 @@ def test_weights_of_another_width_are_refused_and_another_head_starts_anew(tmp_p
         load_by_name(ResNet(7, ResNetOptions(stem="cifar")), source.state_dict(), tmp_path, "fc")
     with pytest.raises(ValueError, match="no channel"):
         ResNetOptions(width=0.001)
+
+
+def test_a_norm_that_is_held_keeps_its_statistics():
+    net = ResNet(4, SMALL)
+    for parameter in net.layer1.parameters():
+        parameter.requires_grad_(False)
+    held, learns = (net.get_submodule(f"{layer}.0.bn1").running_mean.clone() for layer in ("layer1", "layer2"))
+    net.train()(torch.randn(4, 3, 16, 16) + 3)
+    assert torch.equal(net.layer1[0].bn1.running_mean, held)
+    assert not torch.equal(net.layer2[0].bn1.running_mean, learns)

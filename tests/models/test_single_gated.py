@@ -183,3 +183,15 @@ def test_the_cost_by_hand_and_the_cost_that_was_paid():
 def test_its_weights_are_those_of_base_gate_and_experts():
     whole, _ = mixture("resnet")
     assert {name.partition(".")[0] for name in whole.state_dict()} == {"base", "gate", "experts"}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_probe_sees_the_base_and_the_likeliest_expert(name):
+    whole, image = mixture(name)
+    with torch.no_grad():
+        found = whole.probed(image)["mean"]
+        base = whole.features(image)
+        chosen, shared = whole.gate(base).argmax(1), whole.base.until(image, 2)
+        for row in range(len(image)):
+            expert = whole.experts[chosen[row]].beyond(shared[row : row + 1], 2)
+            torch.testing.assert_close(found[row], torch.cat([base[row], expert[0]]), rtol=1e-4, atol=1e-4)

@@ -95,13 +95,30 @@ def test_a_shift_of_all_values_shifts_the_interval(seed, shift, seeds):
         assert second[name] == pytest.approx(first[name] + shift, abs=1e-9)
 
 
-def test_few_draws_get_a_t_interval():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(2, 7)), rng.normal(size=(2, 7))
-    reference = stats.ttest_1samp(a.mean(0), 0.0).confidence_interval(0.95)
+def test_draws_of_one_seed_get_a_t_interval_and_no_p():
+    a, b = np.random.default_rng(0).normal(size=(2, 1, 7))
+    reference = stats.ttest_1samp(a[0], 0.0).confidence_interval(0.95)
     found = estimate_of_draws(a)
     assert (found["low"], found["high"]) == pytest.approx((reference.low, reference.high))
-    paired = difference_of_draws(a, b)
-    assert paired["p"] == pytest.approx(stats.ttest_rel(a.mean(0), b.mean(0)).pvalue)
-    assert difference_of_draws(a, a)["p"] == 1.0
-    assert estimate_of_draws(a[:, :1])["low"] is None
+    assert difference_of_draws(a, b)["p"] is None
+    assert estimate_of_draws(a[:, :4])["low"] is None
+
+
+def test_draws_of_seeds_by_hand():
+    # means of draws 1, 3, 2, 2, 2 and of seeds 1, 3: variances 0.5 / 5 and 2 / 2
+    values = np.array([[0.0, 2, 1, 1, 1], [2, 4, 3, 3, 3]])
+    freedom, error = 1, np.sqrt(1.1)
+    found = difference_of_draws(values, np.zeros((2, 5)))
+    assert found["high"] == pytest.approx(2 + stats.t.ppf(0.975, freedom) * error)
+    assert found["p"] == pytest.approx(2 * stats.t.sf(2 / error, freedom))
+    assert difference_of_draws(values, values)["p"] == 1.0
+
+
+@pytest.mark.parametrize("draws", [5, 100])
+def test_many_draws_do_not_stand_for_other_seeds(draws):
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(400):
+        a, b = (rng.normal(size=(3, 1)) + rng.normal(size=(3, draws)) for _ in range(2))  # no difference
+        found += difference_of_draws(a, b)["p"] < 0.05
+    assert found / 400 < 0.06

@@ -1,11 +1,15 @@
+from types import MappingProxyType, SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import Ridge as Reference
 from sklearn.metrics import normalized_mutual_info_score
 
 from emoe_med.errors import DataError
-from emoe_med.vision.fewshot import PENALTIES, Logistic, Ridge, nearest_mean, supports
-from emoe_med.vision.heatmap import describe
+from emoe_med.moe.router import Routing
+from emoe_med.vision.fewshot import PENALTIES, Logistic, Ridge, nearest_mean, penalty_of, supports
+from emoe_med.vision.heatmap import describe, expert_class_counts
 
 
 def drawn(n, d, classes=4, seed=0):
@@ -52,6 +56,42 @@ def test_supports_and_held_out_images_are_disjoint_and_of_each_class():
     assert not np.array_equal(supports(labels, 5, 1)[0], support)
     with pytest.raises(DataError, match="class 1 has 12 images"):
         supports(labels, 12, 0)
+
+
+def test_supports_come_from_the_pool_alone():
+    labels, pool = np.repeat([0, 1], [30, 30]), np.arange(0, 60, 2)
+    support, held = supports(labels, 4, 0, pool)
+    assert np.bincount(labels[support]).tolist() == [4, 4]
+    assert set(support) | set(held) <= set(pool)
+
+
+class Told:
+    """A probe whose accuracy on each set of images is told."""
+
+    count = 4
+
+    def accuracy(self, penalty, x, y):
+        return {"held": [30.0, 50, 50, 10], "test": [10.0, 20, 30, 90]}[x][penalty]
+
+
+def test_the_penalty_is_chosen_on_held_out_images_and_of_equals_it_is_the_largest():
+    assert penalty_of(Told(), "held", None) == 2
+
+
+class Counted:
+    """Two images of two patches each, of the classes 1 and 0; each patch goes to two experts, one has no slot left."""
+
+    meta = MappingProxyType({"classes": ["a", "b"]})
+
+    def outputs(self, data):
+        index = torch.tensor([[0, 1], [2, 1], [2, 0], [1, 0]])
+        gate = torch.tensor([[0.6, 0.4], [0.5, 0.5], [0.7, 0.3], [0.9, 0.0]])
+        routing = Routing(index, gate, torch.full((4, 3), 1 / 3), torch.zeros(()))
+        yield {"label": torch.tensor([1, 0])}, SimpleNamespace(routing={"block0": routing})
+
+
+def test_patches_are_counted_by_expert_and_class_of_their_image():
+    assert expert_class_counts(Counted(), None)["block0"].tolist() == [[1, 1], [1, 2], [1, 1]]
 
 
 def test_nearest_mean_by_hand():

@@ -145,7 +145,7 @@ def test_evaluate_again_and_elsewhere(trained, tmp_path):
 
 def test_probes_and_heat_map_of_a_run(trained):
     run_dir = trained / "tiny_emoe" / "seed0"
-    assert "1-shot" in run("fewshot", "--run", run_dir, "--shots", "1,5", "--draws", 3).output
+    assert "1-shot" in run("fewshot", "--run", run_dir, "--shots", "1,5", "--draws", 5).output
     report = json.loads((run_dir / "fewshot" / "digits.json").read_text())
     assert set(report) == {"1", "5"}
     assert set(report["5"]) == {"token", "mean"}
@@ -154,6 +154,10 @@ def test_probes_and_heat_map_of_a_run(trained):
         found = report["5"]["mean"][probe]
         assert found["low"] < found["value"] < found["high"]
         assert found["value"] > 30  # pixels of digits are nearly separable, even behind two epochs
+    run("fewshot", "--run", run_dir, "--shots", "5,2", "--draws", 2)
+    again = json.loads((run_dir / "fewshot" / "digits.json").read_text())
+    assert again["5"] == report["5"]  # more draws stay
+    assert again["2"]["mean"]["ridge"]["low"] is None  # an interval of two draws would look precise
     for shots in ("a", "0", "0,5"):
         assert "CLI-NUMBERS" in run("fewshot", "--run", run_dir, "--shots", shots, code=2).output
     assert "IMG-SHOTS" in run("fewshot", "--run", run_dir, "--shots", "200", code=3).output
@@ -236,6 +240,7 @@ def test_published_weights_are_imported_and_trained_on(tmp_path):
     frozen = "model.freeze=[blocks, patch_embed, pos_embed, cls_token, norm]"
     config = write_config(tmp_path, "started", LAYER)
     given = ("--config", config, "--out", tmp_path, "--set", f"model.weights={ours}", "--set", frozen)
+    assert "holds random ones" in run("train", *given[:4], "--set", frozen, code=2).output
     run("train", *given)
     from emoe_med.training.checkpoint import CheckpointFolder
 

@@ -63,8 +63,11 @@ def _hits(k: int, run_dir: Path) -> tuple[pd.Series, float | None]:
 
 
 def _probed(dataset: str, shots: str, feature: str, probe: str, run_dir: Path) -> tuple[pd.Series, float | None]:
-    """Accuracy in percent of a probe, by draw of supports; `feature` falls back on `mean` where there is no token."""
-    report = json.loads((run_dir / "fewshot" / f"{dataset}.json").read_text())[shots]
+    """Accuracy in percent of a probe, by draw; `mean` where there is no such feature; nothing before the step."""
+    path = run_dir / "fewshot" / f"{dataset}.json"
+    report = json.loads(path.read_text()).get(shots) if path.is_file() else None
+    if report is None:
+        return pd.Series(dtype=float), None
     found = report.get(feature, report["mean"])[probe]
     return pd.Series(found["by_draw"]), 100.0 / found["classes"]
 

@@ -113,8 +113,9 @@ def remarks(pipeline: Pipeline, jobs: Sequence[Job], columns: Sequence[ColumnOfC
     if any(cell.difference for part in columns for cell in part.cells):
         found.append(
             "Differences are paired on the seeds and samples that both have; p is two-sided, corrected for the number "
-            "of arms. An interval from one seed says nothing about another one. Bold: the best of the arms whose "
-            "difference is clear of 0 after correction, on two seeds or more; no bold, no winner."
+            "of arms. An interval from one seed says nothing about another one; one from two or three is too narrow "
+            "where seeds differ by more than samples do. Bold: arms whose difference to their control is clear of 0 "
+            "after correction, on three seeds or more; no bold, no winner."
         )
     found += guessing(pipeline, columns)
     if any(cell.printed is not None for part in columns for cell in part.cells):

@@ -277,4 +277,4 @@ def _step_done(step: FewShot | HeatMap, run_dir: Path) -> bool:
     path = run_dir / "fewshot" / f"{step.dataset}.json"
     report = json.loads(path.read_text()) if path.is_file() else {}
     draws = [found["n"] for shot in step.shots for by in report.get(str(shot), {}).values() for found in by.values()]
-    return set(map(str, step.shots)) <= report.keys() and min(draws) >= step.draws
+    return set(map(str, step.shots)) <= report.keys() and min(draws, default=0) >= step.draws

@@ -13,6 +13,7 @@ from emoe_med.errors import EXIT_DONE, EXIT_PARTIAL, DataError, Fault, PartialEr
 from emoe_med.pipeline.plan import Arm, Job, Places, commands
 from emoe_med.pipeline.pool import OnEnd
 from emoe_med.pipeline.schema import Pipeline
+from emoe_med.pipeline.sources import check_sources
 from emoe_med.pipeline.state import state
 from emoe_med.pipeline.work import Work, fill_cache, run_verbs
 from emoe_med.training.run_folder import probe
@@ -62,11 +63,12 @@ def run_pipeline(
         finish: Called at the end with the entered tracker of the pipeline, also where runs failed.
 
     Raises:
-        DataError: Data are missing, or scans cannot be used; nothing was run.
+        DataError: Data are missing, or others than those of finished runs, or cannot be used; nothing was run.
         PartialError: Runs failed; each is named.
         Interrupted: SIGTERM or SIGINT; start it again to go on.
     """
     places.check(jobs)
+    check_sources(jobs, out, places)
     probe(out)
     folder = out / pipeline.name
     left = [job for job in jobs if state(job, out) != "done"]

@@ -14,8 +14,7 @@ from emoe_med.errors import DataError
 from emoe_med.pipeline.figures import Figure, figure
 from emoe_med.pipeline.plan import Job
 from emoe_med.pipeline.schema import Column, Pipeline, Row
-from emoe_med.pipeline.state import state
-from emoe_med.training.arm import check_alike
+from emoe_med.training.arm import check_alike, is_done
 from emoe_med.training.paired import (
     Estimate,
     difference,
@@ -25,7 +24,8 @@ from emoe_med.training.paired import (
     holm,
 )
 
-MIN_SEEDS = 2  # p values and winners of a single seed say nothing about another one
+MIN_SEEDS = 2  # the p value of a single seed says nothing about another one
+WINNER_SEEDS = 3  # two tell so little of the scatter of training that one arm in seven would win by it alone
 ALPHA = 0.05
 
 
@@ -45,7 +45,7 @@ class Cell:
         by_seed: Mean of each seed.
         guess: What guessing gets on the same samples.
         difference: To the control, with `p` and, corrected, `p_holm`.
-        wins: Best of those that are better than the control beyond its interval and Holm's correction.
+        wins: Better than the control beyond its interval and Holm's correction, on enough seeds.
     """
 
     row: str
@@ -80,7 +80,7 @@ class ColumnOfCells:
 
 
 def make_table(pipeline: Pipeline, jobs: Sequence[Job], out: Path) -> list[ColumnOfCells]:
-    """Read what the runs left and compare it, column by column; runs that are not done are not used.
+    """Read what the runs left and compare it, column by column; unfinished runs are not used, steps may be waiting.
 
     Args:
         pipeline: As read.
@@ -90,7 +90,7 @@ def make_table(pipeline: Pipeline, jobs: Sequence[Job], out: Path) -> list[Colum
     by_arm: dict[str, list[Job]] = {}
     for job in jobs:
         by_arm.setdefault(job.arm.name, []).append(job)
-    done = {name: [job for job in found if state(job, out) == "done"] for name, found in by_arm.items()}
+    done = {name: [job for job in found if is_done(out / job.folder)] for name, found in by_arm.items()}
     rows = pipeline.table.rows or tuple(Row(name=name, arm=name) for name in by_arm)
     return [_column(pipeline, rows, index, by_arm, done, out) for index in range(len(pipeline.table.columns))]
 
@@ -123,7 +123,8 @@ def _column(
         cells.append(cell)
     if shown.unit != "runs":
         _compare(cells, values, shown, done, out)
-    _choose(cells, shown)
+    for cell in cells:
+        cell.wins = shown.better is not None and _is_clear(cell.difference, 1 if shown.better == "lower" else -1)
     return ColumnOfCells(column, shown, cells)
 
 
@@ -189,16 +190,8 @@ def _compare(
         found["p_holm"] = float(p)
 
 
-def _choose(cells: Iterable[Cell], shown: Figure) -> None:
-    """Mark the best of those that win over the control; none where no interval is clear of 0."""
-    sign = 1 if shown.better == "lower" else -1
-    winners = [cell for cell in cells if shown.better and cell.own and _is_clear(cell.difference, sign)]
-    if winners:
-        min(winners, key=lambda cell: sign * (cell.own or {})["value"]).wins = True  # ty: ignore[unsupported-operator]
-
-
 def _is_clear(found: dict[str, Any] | None, sign: int) -> bool:
-    if found is None or found.get("p_holm") is None or found["seeds"] < MIN_SEEDS:
+    if found is None or found.get("p_holm") is None or found["seeds"] < WINNER_SEEDS:
         return False
     worst = found["high"] if sign > 0 else found["low"]
     return sign * worst < 0 and found["p_holm"] < ALPHA

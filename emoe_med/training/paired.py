@@ -3,7 +3,8 @@
 Values are [S, U]: seeds (runs of one configuration) by samples (persons, images), NaN where a seed has no value yet.
 A draw takes S seeds and U samples with replacement and averages the cells where they cross, so that an interval holds
 for other seeds and other samples. Source: Owen 2007, The pigeonhole bootstrap, Ann. Appl. Stat. 1:386 (mildly
-conservative). With one seed it is the bootstrap over samples and says nothing about another seed.
+conservative for many of both). With two or three seeds it is too narrow where seeds scatter more than samples do
+(docs/pipelines.md). With one it is the bootstrap over samples and says nothing about another seed.
 """
 
 from __future__ import annotations

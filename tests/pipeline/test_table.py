@@ -60,7 +60,7 @@ def write_run(folder, rows, errors, guess=10.0, manifest="m" * 64, status="FINIS
 def made(tmp_path):
     """Write runs by an arm's error of person r, seed and noise, and return what makes the table."""
 
-    def make(errors, seeds=(0, 1), skip=(), **more):
+    def make(errors, seeds=(0, 1, 2), skip=(), **more):
         path = tmp_path / "some.yaml"
         path.write_text(FILE.format(seeds=list(seeds)))
         pipeline = read_pipeline(path)
@@ -92,13 +92,13 @@ def test_figures_by_hand(made):
     }
     pipeline, jobs, out = made(arms)
     cells = by_row(columns := make_table(pipeline, jobs, out))
-    assert cells["Plain"].own["value"] == pytest.approx(4.5)  # 2 + mean of 0..4, and half a year of seed 1
-    assert cells["Plain"].by_seed == pytest.approx({0: 4.0, 1: 5.0})
-    assert (cells["Plain"].own["n"], cells["Plain"].own["seeds"]) == (40, 2)
-    assert (cells["Plain"].done, cells["Plain"].planned) == (4, 4)
+    assert cells["Plain"].own["value"] == pytest.approx(5.0)  # 2 + mean of 0..4, and the mean of the seeds
+    assert cells["Plain"].by_seed == pytest.approx({0: 4.0, 1: 5.0, 2: 6.0})
+    assert (cells["Plain"].own["n"], cells["Plain"].own["seeds"]) == (40, 3)
+    assert (cells["Plain"].done, cells["Plain"].planned) == (6, 6)
     assert cells["EMoE"].own["value"] == pytest.approx(2.5)
-    assert cells["EMoE"].difference["value"] == pytest.approx(-2.0)
-    assert (cells["EMoE"].difference["low"], cells["EMoE"].difference["high"]) == pytest.approx((-2.5, -1.5))
+    assert cells["EMoE"].difference["value"] == pytest.approx(-2.5)
+    assert (cells["EMoE"].difference["low"], cells["EMoE"].difference["high"]) == pytest.approx((-3.5, -1.5))
     assert cells["EMoE"].difference["p_holm"] == pytest.approx(2 * 2 / 2001)  # the lesser of two p, times two
     assert cells["EMoE"].wins
     assert not cells["Adapter"].wins
@@ -112,12 +112,12 @@ def test_figures_by_hand(made):
     assert "† Literature, not run here: Somewhere 2026." in text
     assert "Differs: the cohort." in text
     assert "Every figure beats guessing" in text
-    assert "commit abcdef0, torch 2, device cpu, in 0.20 hours" in text  # 12 runs of a minute
+    assert "commit abcdef0, torch 2, device cpu, in 0.30 hours" in text  # 18 runs of a minute
     page = (out / "some" / "report" / "report.html").read_text()
     assert "<b>2.50 [" in page
     assert str(out) not in page
     frame = pd.read_csv(out / "some" / "table.csv").set_index("row")
-    assert frame.loc["EMoE", "difference_value"] == -2.0
+    assert frame.loc["EMoE", "difference_value"] == -2.5
     assert frame.loc["EMoE", "printed_in_paper"] == 2.16
     assert frame.loc["Plain", "n"] == 40
 
@@ -136,12 +136,13 @@ def test_no_winner_whose_interval_crosses_zero_or_from_one_seed(made):
     assert not any(cell.wins for cell in cells.values())
 
 
-def test_one_seed_wins_nothing(made):
+@pytest.mark.parametrize(("seeds", "p"), [([0], "one seed"), ([0, 1], "0.002"), ([0, 1, 2], "0.002")])
+def test_fewer_than_three_seeds_win_nothing(made, seeds, p):
     arms = {"cnn3d_4mm": sizes, "emoe_4mm": lambda r, s: sizes(r, s) - 1, "dense_adapter_4mm": sizes}
-    columns = make_table(*made(arms, seeds=[0]))
-    assert not by_row(columns)["EMoE"].wins
+    columns = make_table(*made(arms, seeds=seeds))
+    assert by_row(columns)["EMoE"].wins == (len(seeds) == 3)
     header, rows = lines(columns[0])
-    assert rows[1][header.index("p, Holm")] == "one seed"
+    assert rows[1][header.index("p, Holm")] == p
 
 
 def test_pairs_are_what_both_arms_have(made):
@@ -152,7 +153,13 @@ def test_pairs_are_what_both_arms_have(made):
     }
     skip = ["emoe_4mm/seed1-fold0", "emoe_4mm/seed1-fold1", "cnn3d_4mm/seed0-fold1"]
     cells = by_row(
-        make_table(*made(arms, skip=[*skip, *(f"dense_adapter_4mm/seed{s}-fold{f}" for s in (0, 1) for f in (0, 1))]))
+        make_table(
+            *made(
+                arms,
+                seeds=[0, 1],
+                skip=[*skip, *(f"dense_adapter_4mm/seed{s}-fold{f}" for s in (0, 1) for f in (0, 1))],
+            )
+        )
     )
     assert (cells["EMoE"].done, cells["Plain"].done) == (2, 3)
     assert cells["EMoE"].difference["value"] == pytest.approx(-1.0)  # on seed 0, fold 0 alone

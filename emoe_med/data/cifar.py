@@ -56,7 +56,23 @@ def cifar(root: Path, name: str) -> Listing:
     """Read CIFAR: the published binary or Python version, as a folder or as its .tar.gz, or class folders.
 
     Raises:
-        DataError: As `class_folders`; IMG-CIFAR, records damaged, missing, or a pickle that holds something else.
+        DataError: As `class_folders` and `published`.
+    """
+    found = published(root, name)
+    if found is not None:
+        return found
+    listing = class_folders(root)
+    if len(listing.classes) != CIFAR[name].number:
+        reason = f"{len(listing.classes)} classes; {name} has {CIFAR[name].number}"
+        raise DataError(Fault("IMG-LAYOUT", reason, str(root)))
+    return listing
+
+
+def published(root: Path, name: str) -> Listing | None:
+    """Read the published binary or Python version of CIFAR, if it lies there.
+
+    Raises:
+        DataError: IMG-ROOT; IMG-CIFAR, records damaged, missing, or a pickle that holds something else.
     """
     layout = CIFAR[name]
     if not root.exists():
@@ -74,11 +90,7 @@ def cifar(root: Path, name: str) -> Listing:
             parts.append(Pixels(pixels, labels))
         classes = _class_names(contents.get(names), layout, f"{root}/{names}", parse is _python)
         return Listing(classes, parts[0], parts[1])
-    listing = class_folders(root)
-    if len(listing.classes) != layout.number:
-        reason = f"{len(listing.classes)} classes; {name} has {layout.number}"
-        raise DataError(Fault("IMG-LAYOUT", reason, str(root)))
-    return listing
+    return None
 
 
 def _class_names(data: bytes | None, layout: Cifar, where: str, pickled: bool) -> tuple[str, ...]:

@@ -27,6 +27,14 @@ class Files:
     paths: Sequence[str]
     labels: np.ndarray  # [n] int64
 
+    def told(self) -> bytes:
+        """Return the names."""
+        return "\n".join(self.paths).encode()
+
+    def marks(self) -> bytes:
+        """Return the size of each file, or its checksum in a zip; nothing is read."""
+        return np.array([self.tree.mark(path) for path in self.paths], np.int64).tobytes()
+
 
 @dataclass(frozen=True)
 class Pixels:
@@ -35,21 +43,49 @@ class Pixels:
     pixels: np.ndarray
     labels: np.ndarray
 
+    def told(self) -> bytes:
+        """Return the pixels."""
+        return self.pixels.tobytes()
+
+    def marks(self) -> bytes:
+        """Return nothing: the pixels tell all."""
+        return b""
+
+
+def contents(*parts: Files | Pixels) -> str:
+    """Return a SHA-256 over labels, names and sizes, or checksums in a zip, or pixels.
+
+    It stays the same where a picture in a folder gives way to another of its name and size: no file is read.
+    """
+    told = hashlib.sha256()
+    for part in parts:
+        for data in (part.labels.tobytes(), part.told(), part.marks()):
+            told.update(data)
+    return told.hexdigest()
+
 
 @dataclass(frozen=True)
 class Listing:
-    """What a data set holds: class names, the part to learn from, and the published part to test on."""
+    """What a data set holds.
+
+    Attributes:
+        classes: Their names, in the order of the labels.
+        train: The part to learn from, and to take images to select on from.
+        test: The published part to test on.
+        held: The last so many of `train` are the data set's own part to select on.
+    """
 
     classes: tuple[str, ...]
     train: Files | Pixels
     test: Files | Pixels
+    held: int = 0
 
     def digest(self) -> str:
-        """Return a SHA-256 over labels and either names or pixels; files are not read."""
+        """Return a SHA-256 over labels and either names or pixels; `contents` goes further."""
         told = hashlib.sha256("\n".join(self.classes).encode())
         for part in (self.train, self.test):
             told.update(part.labels.tobytes())
-            told.update("\n".join(part.paths).encode() if isinstance(part, Files) else part.pixels.tobytes())
+            told.update(part.told())
         return told.hexdigest()
 
 
@@ -59,62 +95,103 @@ def class_folders(root: Path) -> Listing:
     The test part has class folders too, or it is flat: Tiny-ImageNet's `val/images` with `val_annotations.txt`;
     ImageNet's `val` with the development kit's ground truth and `meta.mat`, or with `LOC_val_solution.csv`, which
     may lie in the root, its parents' `devkit` folders or beside the files. Images may lie in a folder `images` of
-    their class. Classes are numbered in the order of their names, which is ImageNet's.
+    their class. Classes are numbered in the order of their names, which is ImageNet's. Where `test/` has class
+    folders beside `val/`, `val/` is there to select on; flat files in it have no labels, and are left alone.
 
     Raises:
         DataError: IMG-ROOT, IMG-LAYOUT, IMG-EMPTY (each class without an image), IMG-LABEL.
     """
-    tree, base = _find(root)
-    classes = tree.folders(f"{base}train")
-    train = _by_class(tree, f"{base}train", classes)
+    tree, base = _find(root, "train")
+    classes = [] if base is None else tree.folders(f"{base}train")
+    if base is None or not classes:
+        raise _layout(tree, "there is no train/<class>/", "lay the images out as train/<class>/ and val/<class>/")
+    train = _complete(_by_class(tree, f"{base}train", classes), f"{base}train", classes)
+    parts = {name: _complete(part, f"{base}{name}", classes) for name, part in _labelled(tree, base, classes).items()}
+    test = parts.pop("test", None) or parts.pop("val")
+    if not parts:
+        return Listing(tuple(classes), train, test)
+    val = parts["val"]
+    both = Files(tree, [*train.paths, *val.paths], np.concatenate([train.labels, val.labels]))
+    return Listing(tuple(classes), both, test, len(val.labels))
+
+
+def test_folders(root: Path, classes: Sequence[str]) -> Files:
+    """List the images to test on alone: the test part of `class_folders`, or what lies in `<class>/` of the root.
+
+    Args:
+        root: As for `class_folders`; nothing is asked of `train/`.
+        classes: Names by label. Not each of them needs an image.
+
+    Raises:
+        DataError: IMG-ROOT, IMG-LAYOUT (also a folder of none of the classes), IMG-LABEL.
+    """
+    tree, base = _find(root, "train", "val", "test")
+    if base is not None:
+        parts = _labelled(tree, base, classes)
+        return parts.get("test") or parts["val"]
+    inside = tree.folders()
+    found = _by_class(tree, inside[0] if len(inside) == 1 and inside[0] not in classes else "", classes)
+    if not found.paths:
+        raise _layout(tree, "there is neither val/ nor test/ nor <class>/ with images")
+    return found
+
+
+def _find(root: Path, *parts: str) -> tuple[Tree, str | None]:
+    """Return the tree, and the path prefix that one of the parts lies under."""
+    tree = open_tree(root)
+    zips = [name for name in tree.files() if name.lower().endswith(".zip")]
+    if root.is_dir() and len(zips) == 1 and not {*parts} & {*tree.folders()}:
+        tree = open_tree(root / zips[0])
+    only = tree.folders()
+    for base in [*INSIDE, *(only if len(only) == 1 else [])]:
+        if {*parts} & {*tree.folders(base)}:
+            return tree, f"{base}/" if base else ""
+    return tree, None
+
+
+def _labelled(tree: Tree, base: str, classes: Sequence[str]) -> dict[str, Files]:
+    """Return the parts `val` and `test` as far as their images have classes, at least one of them."""
+    parts = {}
     for name in ("val", "test"):
         inside = tree.folders(f"{base}{name}")
         flat = [folder for folder in ("", "/images") if _pictures(tree, f"{base}{name}{folder}")]
         if inside and inside != ["images"]:
-            unknown = sorted(set(inside) - set(classes))
-            if unknown:
-                raise _layout(tree, f"{name}/{unknown[0]} is no class of train (and {len(unknown) - 1} more)")
-            return Listing(tuple(classes), train, _by_class(tree, f"{base}{name}", classes, inside))
-        if flat:
-            return Listing(tuple(classes), train, _annotated(tree, base, name, flat[0], classes))
-    raise _layout(tree, "there is neither val/ nor test/ with images", "images to test on lie in val/<class>/")
-
-
-def _find(root: Path) -> tuple[Tree, str]:
-    """Return the tree and the path prefix that `train/<class>/` lies under."""
-    tree = open_tree(root)
-    zips = [name for name in tree.files() if name.lower().endswith(".zip")]
-    if root.is_dir() and len(zips) == 1 and "train" not in tree.folders():
-        tree = open_tree(root / zips[0])
-    only = tree.folders()
-    for base in [*INSIDE, *(only if len(only) == 1 else [])]:
-        prefix = f"{base}/" if base else ""
-        if tree.folders(f"{prefix}train"):
-            return tree, prefix
-    raise _layout(tree, "there is no train/<class>/", "lay the images out as train/<class>/ and val/<class>/")
+            parts[name] = _by_class(tree, f"{base}{name}", classes)
+        elif flat and not parts:
+            parts[name] = _annotated(tree, base, name, flat[0], classes)
+    if not parts:
+        raise _layout(tree, "there is neither val/ nor test/ with images", "images to test on lie in val/<class>/")
+    return parts
 
 
 def _pictures(tree: Tree, folder: str) -> list[str]:
     return [name for name in tree.files(folder) if name.lower().endswith(SUFFIXES)]
 
 
-def _by_class(tree: Tree, folder: str, classes: Sequence[str], there: Sequence[str] | None = None) -> Files:
-    paths, labels, empty = [], [], []
+def _by_class(tree: Tree, folder: str, classes: Sequence[str]) -> Files:
+    prefix = f"{folder}/" if folder else ""
+    unknown = sorted({*tree.folders(folder)} - {*classes})
+    if unknown:
+        raise _layout(tree, f"{prefix}{unknown[0]} is none of the {len(classes)} classes (and {len(unknown) - 1} more)")
+    paths, labels = [], []
     for label, name in enumerate(classes):
-        if there is not None and name not in there:
-            continue
-        place = f"{folder}/{name}"
+        place = f"{prefix}{name}"
         found = _pictures(tree, place)
         if not found:
             place = f"{place}/images"
             found = _pictures(tree, place)
-        if not found:
-            empty.append(Fault("IMG-EMPTY", "this class has no image", f"{tree.root}/{folder}/{name}"))
         paths += [f"{place}/{file}" for file in found]
         labels += [label] * len(found)
-    if empty:
-        raise DataError(*empty)
     return Files(tree, paths, np.array(labels, np.int64))
+
+
+def _complete(part: Files, folder: str, classes: Sequence[str]) -> Files:
+    """Return the part if every class has an image in it."""
+    empty = np.flatnonzero(np.bincount(part.labels, minlength=len(classes)) == 0)
+    if len(empty):
+        places = (f"{part.tree.root}/{folder}/{classes[label]}" for label in empty)
+        raise DataError(*(Fault("IMG-EMPTY", "this class has no image", place) for place in places))
+    return part
 
 
 def _annotated(tree: Tree, base: str, name: str, inside: str, classes: Sequence[str]) -> Files:

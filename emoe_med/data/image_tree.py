@@ -16,7 +16,10 @@ MAX_FILE_BYTES = 64 << 20
 
 
 class Tree(Protocol):
-    """Folders and files by their path inside a root, `/` between the parts; the root is the empty path."""
+    """Folders and files by their path inside a root, `/` between the parts; the root is the empty path.
+
+    What systems leave beside the files is not told: names that begin with a dot, and `__MACOSX`.
+    """
 
     root: Path
 
@@ -26,6 +29,14 @@ class Tree(Protocol):
 
     def files(self, path: str = "") -> list[str]:
         """Return the names of the files in a folder, sorted."""
+        ...
+
+    def mark(self, path: str) -> int:
+        """Return what tells most other contents of a file without reading it: its size, or its checksum in a zip.
+
+        Raises:
+            DataError: IMG-MISSING.
+        """
         ...
 
     def read(self, path: str) -> bytes:
@@ -69,11 +80,18 @@ class FolderTree:
     def _names(self, path: str, folders: bool) -> list[str]:
         try:
             with os.scandir(self.root / path) as found:
-                return sorted(item.name for item in found if item.is_dir() == folders)
+                return sorted(item.name for item in found if item.is_dir() == folders and _counts(item.name))
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise DataError(Fault("IMG-ROOT", error.strerror or "cannot be read", str(self.root / path))) from error
+
+    def mark(self, path: str) -> int:
+        """See `Tree`."""
+        try:
+            return os.stat(f"{self.root}/{path}").st_size  # a million times: no Path is made
+        except OSError as error:
+            raise DataError(Fault("IMG-MISSING", error.strerror or "cannot be read", f"{self.root}/{path}")) from error
 
     def read(self, path: str) -> bytes:
         """See `Tree`."""
@@ -119,25 +137,36 @@ class ZipTree:
 
     def folders(self, path: str = "") -> list[str]:
         """See `Tree`."""
-        return sorted(self._folders.get(path, ()))
+        return sorted(filter(_counts, self._folders.get(path, ())))
 
     def files(self, path: str = "") -> list[str]:
         """See `Tree`."""
-        return sorted(self._files.get(path, ()))
+        return sorted(filter(_counts, self._files.get(path, ())))
+
+    def mark(self, path: str) -> int:
+        """See `Tree`."""
+        return self._info(path).CRC
+
+    def _info(self, path: str) -> zipfile.ZipInfo:
+        try:
+            return self._archive().getinfo(path)
+        except KeyError as error:
+            raise DataError(Fault("IMG-MISSING", "is not in the archive", f"{self.root}/{path}")) from error
 
     def read(self, path: str) -> bytes:
         """See `Tree`."""
-        where = f"{self.root}/{path}"
+        where, info = f"{self.root}/{path}", self._info(path)
+        if info.file_size > MAX_FILE_BYTES:
+            reason = f"holds {info.file_size} bytes, the limit is {MAX_FILE_BYTES}"
+            raise DataError(Fault("IMG-SIZE", reason, where))
         try:
-            info = self._archive().getinfo(path)
-            if info.file_size > MAX_FILE_BYTES:
-                reason = f"holds {info.file_size} bytes, the limit is {MAX_FILE_BYTES}"
-                raise DataError(Fault("IMG-SIZE", reason, where))
             return self._archive().read(info)
-        except KeyError as error:
-            raise DataError(Fault("IMG-MISSING", "is not in the archive", where)) from error
         except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
             raise DataError(Fault("IMG-ZIP", f"cannot be read from the archive ({error})", where)) from error
+
+
+def _counts(name: str) -> bool:
+    return name != "__MACOSX" and not name.startswith(".")
 
 
 def _key(path: PurePosixPath) -> str:

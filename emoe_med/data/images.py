@@ -1,14 +1,15 @@
 """Image data sets by name: listed, split, and read one image at a time.
 
 The published validation or test images are the test set, which is touched once; a validation set to select on is
-taken from the training images, the same share of each class.
+taken from the training images, the same share of each class, unless the data set has one of its own.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from emoe_med.data.cifar import cifar
+from emoe_med.data.cifar import cifar, published
 from emoe_med.data.image_decode import decode, to_square
-from emoe_med.data.image_layouts import Files, Listing, Pixels, class_folders
+from emoe_med.data.image_layouts import Files, Listing, Pixels, class_folders, test_folders
 from emoe_med.errors import DataError, Fault
 
 ROOT_VARIABLE = "EMOE_MED_DATA_ROOT"
@@ -36,6 +37,7 @@ class Known:
         mean: of the training pixels, [C], as is customary for the set.
         std: of the training pixels, [C].
         embedded: ships with a library, and has no root.
+        archive: lists a root that holds something else than class folders; None where it holds these.
     """
 
     list_images: Callable[[Path], Listing]
@@ -43,6 +45,7 @@ class Known:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     embedded: bool = False
+    archive: Callable[[Path], Listing | None] = lambda root: None
 
 
 def digits(root: Path) -> Listing:
@@ -60,8 +63,20 @@ def digits(root: Path) -> Listing:
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DATASETS: dict[str, Known] = {
     "digits": Known(digits, 1, (0.305,), (0.376,), embedded=True),
-    "cifar10": Known(lambda root: cifar(root, "cifar10"), 3, (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),
-    "cifar100": Known(lambda root: cifar(root, "cifar100"), 3, (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
+    "cifar10": Known(
+        partial(cifar, name="cifar10"),
+        3,
+        (0.491, 0.482, 0.447),
+        (0.247, 0.243, 0.262),
+        archive=partial(published, name="cifar10"),
+    ),
+    "cifar100": Known(
+        partial(cifar, name="cifar100"),
+        3,
+        (0.507, 0.487, 0.441),
+        (0.267, 0.256, 0.276),
+        archive=partial(published, name="cifar100"),
+    ),
     "tiny_imagenet": Known(class_folders, 3, *IMAGENET_STATISTICS),
     "imagenet": Known(class_folders, 3, *IMAGENET_STATISTICS),
 }
@@ -71,19 +86,44 @@ def list_images(name: str, root: Path | None) -> Listing:
     """List a data set; the root is needed unless it is embedded, else taken from the environment.
 
     Raises:
-        DataError: IMG-ROOT, none given or none there; or what the layout refuses.
+        DataError: IMG-ROOT, none given or none there, or one given where there can be none; or what the layout refuses.
     """
     known = DATASETS[name]
+    if known.embedded:
+        _refuse_root(name, root)
+        return known.list_images(Path())
     if root is None and (given := os.environ.get(ROOT_VARIABLE)):
         root = Path(given)
-    if known.embedded:
-        return known.list_images(Path())
     if root is None:
         hint = f"give --data-root, or set {ROOT_VARIABLE}"
         raise DataError(
             Fault("IMG-ROOT", f"{name} does not come with this package, and no folder was named", hint=hint)
         )
     return known.list_images(root)
+
+
+def list_test(name: str, root: Path, classes: Sequence[str]) -> Files | Pixels:
+    """List the part to test on of other images in a layout of this data set, labelled by the classes given.
+
+    Raises:
+        DataError: IMG-CLASSES, the archive has others; or as `list_images` and `test_folders`.
+    """
+    known = DATASETS[name]
+    if known.embedded:
+        _refuse_root(name, root)
+    listing = known.archive(root)
+    if listing is None:
+        return test_folders(root, classes)
+    if listing.classes != tuple(classes):
+        reason = f"these {len(listing.classes)} classes are not the {len(classes)} wanted"
+        raise DataError(Fault("IMG-CLASSES", reason, str(root)))
+    return listing.test
+
+
+def _refuse_root(name: str, root: Path | None) -> None:
+    if root is not None:
+        reason = f"{name} ships with a library: no other images take its place"
+        raise DataError(Fault("IMG-ROOT", reason, str(root), hint="leave out --data-root"))
 
 
 class ImageDataset(Dataset):
@@ -114,7 +154,9 @@ class ImageDataset(Dataset):
         return to_square(Image.fromarray(pixels.transpose(1, 2, 0).squeeze()), self.size)
 
 
-def split(labels: np.ndarray, val_share: float, train_images: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split(
+    labels: np.ndarray, val_share: float, train_images: int | None, seed: int, held: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Split training images into those to learn from and those to select on.
 
     Args:
@@ -122,6 +164,7 @@ def split(labels: np.ndarray, val_share: float, train_images: int | None, seed: 
         val_share: Share of each class to select on, at least one image of it.
         train_images: How many of the rest to learn from, equally many of each class as far as they go; None is all.
         seed: Another seed is another split; an image's place does not depend on `train_images`.
+        held: The last so many are those to select on, whatever the share; 0 where the data set does not say.
 
     Returns:
         Indices to learn from and to select on, each sorted.
@@ -133,7 +176,7 @@ def split(labels: np.ndarray, val_share: float, train_images: int | None, seed: 
     if counts.min() < 2:
         reason = f"class {classes[counts.argmin()]} has a single image: none would be left to select on"
         raise DataError(Fault("IMG-SPLIT", reason))
-    val = _chosen(labels, val_share, seed)
+    val = np.arange(len(labels)) >= len(labels) - held if held else _chosen(labels, val_share, seed)
     rest = np.flatnonzero(~val)
     if train_images is not None:
         # the first of each class, then the second of each, in an order of their own

@@ -76,13 +76,16 @@ def config_digest(config: Section) -> str:
 
 
 def check_same(run_dir: Path, digests: Mapping[str, str]) -> None:
-    """Refuse a run folder of another configuration or other data before anything in it is touched."""
+    """Refuse a run folder of another configuration or other data before anything in it is touched.
+
+    What the version that began the run did not record is not compared.
+    """
     path = run_dir / "environment.json"
     before = json.loads(path.read_text()) if path.is_file() else digests
     faults = [
-        Fault("CKPT-OTHER", f"{name} was {before.get(name)} in this run and is {now} now", str(run_dir))
+        Fault("CKPT-OTHER", f"{name} was {before[name]} in this run and is {now} now", str(run_dir))
         for name, now in digests.items()
-        if before.get(name) != now
+        if before.get(name, now) != now
     ]
     if faults:
         raise CheckpointError(*faults)
@@ -91,6 +94,8 @@ def check_same(run_dir: Path, digests: Mapping[str, str]) -> None:
 def check_alike(runs: Iterable[tuple[Hashable, Path]]) -> None:
     """Refuse to compare runs, given with their fold, that saw other data or, within a fold, other splits.
 
+    What the version that made a run did not record is not compared.
+
     Raises:
         DataError: CMP-OTHER, each run that differs from those before it.
     """
@@ -98,11 +103,11 @@ def check_alike(runs: Iterable[tuple[Hashable, Path]]) -> None:
     known: dict[Hashable, object] = {}
     for fold, run_dir in runs:
         environment = json.loads((run_dir / "environment.json").read_text())
-        facts = {name: environment.get(name) for name in ("manifest", "chain", "data")}
+        facts = {name: environment.get(name) for name in ("manifest", "chain", "data", "contents")}
         facts["splits"] = hashlib.sha256((run_dir / "splits.csv").read_bytes()).hexdigest()
         for name, value in facts.items():
             scope = (name, fold) if name == "splits" else name
-            if known.setdefault(scope, value) != value:
+            if value is not None and known.setdefault(scope, value) != value:
                 faults.append(Fault("CMP-OTHER", f"another {name} than the other runs", str(run_dir)))
     if faults:
         raise DataError(*faults)

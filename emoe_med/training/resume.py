@@ -176,18 +176,20 @@ class Keeper:
 def _check_digests(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     """Refuse to resume under another configuration, manifest or number of ranks.
 
+    What the version that wrote the checkpoint did not record is not compared.
+
     Raises:
         CheckpointError: One fault per digest that differs.
     """
     faults = [
         Fault(
             "CKPT-OTHER",
-            f"{name} was {saved.get(name)} when this checkpoint was written and is {now.get(name)} now",
+            f"{name} was {saved[name]} when this checkpoint was written and is {now.get(name)} now",
             str(folder),
             hint="resume with what the run was started with, or start a new run",
         )
-        for name in sorted({*saved, *now})
-        if saved.get(name) != now.get(name)
+        for name in sorted(saved)
+        if saved[name] != now.get(name)
     ]
     if faults:
         raise CheckpointError(*faults)

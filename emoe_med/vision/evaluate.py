@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from emoe_med.data.images import ImageDataset, list_images
+from emoe_med.data.image_layouts import contents
+from emoe_med.data.images import ImageDataset, list_test
 from emoe_med.data.memory import Held
 from emoe_med.errors import CheckpointError, DataError, Fault
 from emoe_med.models.deep_moe import DeepMoE
@@ -35,6 +37,8 @@ from emoe_med.vision.metrics import Estimate, accuracy, mean_estimate
 from emoe_med.vision.net import Net, build_net
 from emoe_med.vision.run import load_vision
 from emoe_med.vision.task import rank_of_label, seen_image
+
+LOG = logging.getLogger("emoe_med")
 
 
 @dataclass
@@ -209,35 +213,49 @@ def score_again(run_dir: Path) -> dict[str, Any]:
     """Make metrics.json anew from the predictions of a run; no image is touched.
 
     Raises:
-        DataError: The run was not evaluated to its end.
+        DataError: RUN-METRICS, the run was not evaluated to its end, or what it wrote is damaged.
     """
-    path = run_dir / "metrics.json"
-    if not path.is_file():
-        hint = "finish the run by `train --resume`"
-        raise DataError(Fault("RUN-METRICS", "this run was not evaluated to its end", str(path), hint=hint))
-    tables = {name: pd.read_csv(run_dir / "predictions" / f"{name}.csv") for name in ("test", "val")}
-    metrics = {**json.loads(path.read_text()), **_scores(tables, load_vision(run_dir / "config.yaml"))}
+    before = _written(run_dir / "metrics.json", lambda path: dict(json.loads(path.read_text())))
+    paths = {name: run_dir / "predictions" / f"{name}.csv" for name in ("test", "val")}
+    tables = {name: _written(path, _ranks) for name, path in paths.items()}
+    metrics = {**before, **_scores(tables, load_vision(run_dir / "config.yaml"))}
     write_metrics(run_dir, metrics)
     return metrics
 
 
-def evaluate_elsewhere(run_dir: Path, root: Path) -> tuple[dict[str, Any], Path]:
-    """Score a run on the test part of other images in the layout of its data set.
+def _ranks(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path, usecols=["rank"], dtype={"rank": "int64"})
+    if table.empty or table["rank"].min() < 0:
+        raise ValueError("it holds no ranks")
+    return table
 
-    Written under `<run>/evaluations/<digest of the listing>/`.
+
+def _written(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except (OSError, ValueError, TypeError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        reason = "is not there: this run was not evaluated to its end" if missing else f"is damaged ({error})"
+        hint = "finish the run by `train --resume`" if missing else "copy it again, or train the run anew"
+        raise DataError(Fault("RUN-METRICS", reason, str(path), hint=hint)) from error
+
+
+def evaluate_elsewhere(run_dir: Path, root: Path) -> tuple[dict[str, Any], Path]:
+    """Score a run on the test part of other images in a layout of its data set, or on a folder of class folders.
+
+    Written under `<run>/evaluations/<digest of names, labels and sizes>/`.
 
     Raises:
         CheckpointError: The run has no usable checkpoint.
-        DataError: The images cannot be read, or have other classes.
+        DataError: The images cannot be read, or are of a class that the run does not know.
     """
     model = TrainedClassifier.load(run_dir)
-    data = model.config.data
-    listing = list_images(data.dataset, root)
-    if list(listing.classes) != model.meta["classes"]:
-        reason = f"these {len(listing.classes)} classes are not the {len(model.meta['classes'])} of the run"
-        raise DataError(Fault("IMG-CLASSES", reason, str(root)))
-    tables = {"test": predict(model, ImageDataset(listing.test, data.resize, model.meta["channels"]))}
-    folder = run_dir / "evaluations" / listing.digest()[:16]
+    data, classes = model.config.data, model.meta["classes"]
+    test = list_test(data.dataset, root, classes)
+    if missing := len(classes) - len(np.unique(test.labels)):
+        LOG.warning("%d of the %d classes of the run have no image here", missing, len(classes))
+    tables = {"test": predict(model, ImageDataset(test, data.resize, model.meta["channels"]))}
+    folder = run_dir / "evaluations" / contents(test)[:16]
     metrics = _scores(tables, model.config)
     write_predictions(folder, tables)
     write_metrics(folder, metrics)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from emoe_med.config import dump_run
-from emoe_med.data.image_layouts import Listing
+from emoe_med.data.image_layouts import Listing, contents
 from emoe_med.data.images import DATASETS, ImageDataset, list_images, split
 from emoe_med.errors import ConfigError, Fault
 from emoe_med.models.weights import ViTWeights, read_weights
@@ -60,12 +60,16 @@ def train(
             check_folders(run_dirs, resume)
             check_arm(config, group)
             listing = list_images(config.data.dataset, root)
-            parts = split(listing.train.labels, config.data.val_share, config.data.train_images, config.data.split_seed)
+            options = config.data
+            parts = split(
+                listing.train.labels, options.val_share, options.train_images, options.split_seed, listing.held
+            )
             start = None if config.model.weights is None else read_weights(Path(config.model.weights))
             if start is None and config.model.freeze:
                 hint = "give --set model.weights=FILE, written by import-weights"
                 raise ConfigError(Fault("CFG-FREEZE", "model.freeze without weights holds random ones", hint=hint))
-            sources = {"data": listing.digest(), **({} if start is None else {"weights": start.sha256})}
+            sources = {"data": listing.digest(), "contents": contents(listing.train, listing.test)}
+            sources |= {} if start is None else {"weights": start.sha256}
             for run, run_dir in zip(runs, run_dirs, strict=True):
                 check_same(run_dir, {"config": config_digest(run), **sources})
         with tracked(group, out, config, "vision", "group", machine=machine):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from emoe_med.brainage.export_cli import export, selftest
+from emoe_med.brainage.export_cli import FOLD, RunOption, export, selftest
 from emoe_med.brainage.manifest_cli import manifest_app
 from emoe_med.brainage.maps_cli import maps
 from emoe_med.brainage.preprocess_cli import preprocess
@@ -34,17 +34,10 @@ PAGES = ("check.csv", "check.html", "scans.html")  # what `check` writes
 CONFIGS = Path(__file__).parent.parent.parent / "configs" / "brainage"
 
 
-def _run_folder(path: Path | None) -> Path | None:
-    if path is not None and not (path / "config.yaml").is_file():
-        raise typer.BadParameter(f"{path} holds no run; name the folder of a fold, as runs/emoe_4mm/seed0-fold0")
-    return path
-
-
 ManifestOption = Annotated[Path, typer.Option("--manifest", help="CSV or TSV: one scan a row")]
 RootOption = Annotated[Path | None, typer.Option("--data-root", help="folder of the manifest's relative paths")]
 OutOption = Annotated[Path, typer.Option("--out", help="folder of all runs, their cache and the tracking store")]
 JobsOption = Annotated[int, typer.Option("--jobs", min=0, help="scans read at once; 0 is one by one")]
-RunOption = Annotated[Path, typer.Option("--run", help="folder of one fold and seed", callback=_run_folder)]
 JsonOption = Annotated[bool, typer.Option("--json", help="print a machine-readable summary")]
 
 
@@ -237,7 +230,7 @@ def reliability(
 def check(
     manifest: ManifestOption,
     run: Annotated[
-        Path | None, typer.Option("--run", help="hold the scans against the contract of this run", callback=_run_folder)
+        Path | None, typer.Option("--run", help="hold the scans against the contract of this run", callback=FOLD)
     ] = None,
     data_root: RootOption = None,
     out: Annotated[Path, typer.Option("--out", help="folder for check.csv and the pages")] = Path("check"),

@@ -9,12 +9,15 @@ from typing import Annotated
 import typer
 
 from emoe_med.errors import EXIT_PARTIAL
-from emoe_med.training.cli import say, verb
+from emoe_med.training.cli import holds_run, say, verb
+
+FOLD = holds_run("the folder of a fold, as runs/emoe_4mm/seed0-fold0")
+RunOption = Annotated[Path, typer.Option("--run", help="folder of one fold and seed", callback=FOLD)]
 
 
 @verb
 def export(
-    run: Annotated[Path, typer.Option("--run", help="folder of one fold and seed")],
+    run: RunOption,
     out: Annotated[Path, typer.Option("-o", "--out", help="folder of the bundle, new or empty")],
 ) -> None:
     """Write a run as a MONAI bundle: weights, contract, self-test, model card. No id, no path, no person's image.
@@ -23,8 +26,6 @@ def export(
 
     Example: python -m emoe_med.brainage export --run runs/emoe_4mm/seed0-fold0 -o bundle
     """
-    if not (run / "config.yaml").is_file():
-        raise typer.BadParameter(f"{run} holds no run; name the folder of a fold, as runs/emoe_4mm/seed0-fold0")
     from emoe_med.brainage import export as verbs
 
     bundle = verbs.export(run, out)

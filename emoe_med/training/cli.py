@@ -7,11 +7,12 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 
-from emoe_med.errors import EXIT_SIGINT, EmoeError, Fault, StorageError
+from emoe_med.errors import EXIT_SIGINT, ConfigError, EmoeError, Fault, StorageError
 
 
 def verb(command: Callable[..., None]) -> Callable[..., None]:
@@ -33,6 +34,17 @@ def verb(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(EXIT_SIGINT) from None
 
     return run
+
+
+def holds_run(like: str) -> Callable[[Path | None], Path | None]:
+    """Return a check of `--run` that ends the command, as `verb` does, where no run is; `like` tells where one is."""
+
+    def check(path: Path | None) -> Path | None:
+        if path is not None and not (path / "config.yaml").is_file():
+            _end(ConfigError(Fault("RUN-NONE", "holds no run", str(path), hint=f"name {like}")))
+        return path
+
+    return check
 
 
 def _end(error: EmoeError) -> NoReturn:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from emoe_med.errors import ConfigError, Fault
-from emoe_med.training.cli import say, verb
+from emoe_med.training.cli import holds_run, say, verb
 from emoe_med.training.record_cli import sync, ui
 
 app = typer.Typer(
@@ -20,15 +20,10 @@ app = typer.Typer(
 )
 
 
-def _run_folder(path: Path) -> Path:
-    if not (path / "config.yaml").is_file():
-        raise typer.BadParameter(f"{path} holds no run; name the folder of a seed, as runs/digits_emoe/seed0")
-    return path
-
-
 RootOption = Annotated[Path | None, typer.Option("--data-root", help="folder or zip; default EMOE_MED_DATA_ROOT")]
 OutOption = Annotated[Path, typer.Option("--out", help="folder of all runs and the tracking store")]
-RunOption = Annotated[Path, typer.Option("--run", help="folder of one seed", callback=_run_folder)]
+SEED = holds_run("the folder of a seed, as runs/digits_emoe/seed0")
+RunOption = Annotated[Path, typer.Option("--run", help="folder of one seed", callback=SEED)]
 JsonOption = Annotated[bool, typer.Option("--json", help="print a machine-readable summary")]
 
 
@@ -79,7 +74,7 @@ def _check_dataset(name: str | None) -> None:
 
 def _numbers(option: str, text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and len(part) < 4 for part in parts):
+    if not all(part.isdecimal() and len(part) < 4 for part in parts):
         raise ConfigError(Fault("CLI-NUMBERS", f"{option} {text}: expected whole numbers, as 0,1,2"))
     return [int(part) for part in parts]
 
@@ -91,7 +86,10 @@ def _percent(found: dict[str, Any]) -> str:
 @app.command()
 @verb
 def evaluate(run: RunOption, data_root: RootOption = None, as_json: JsonOption = False) -> None:
-    """Score a run again from its predictions, or on other images of the same classes.
+    """Score a run again from its predictions, or on other images of its classes.
+
+    Other images lie in a layout of its data set, or in <class>/ of the root; nothing is asked of train/, and not every
+    class needs images.
 
     Example: python -m emoe_med.vision evaluate --run runs/cifar10_emoe_small/seed0 --data-root other_images
     """

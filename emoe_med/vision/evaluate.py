@@ -253,7 +253,7 @@ def evaluate_elsewhere(run_dir: Path, root: Path) -> tuple[dict[str, Any], Path]
     data, classes = model.config.data, model.meta["classes"]
     test = list_test(data.dataset, root, classes)
     if missing := len(classes) - len(np.unique(test.labels)):
-        LOG.warning("%d of the %d classes of the run have no image here", missing, len(classes))
+        LOG.warning("classes of the run without an image here: %d of %d", missing, len(classes))
     tables = {"test": predict(model, ImageDataset(test, data.resize, model.meta["channels"]))}
     folder = run_dir / "evaluations" / contents(test)[:16]
     metrics = _scores(tables, model.config)

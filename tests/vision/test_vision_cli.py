@@ -135,12 +135,42 @@ def test_evaluate_again_and_elsewhere(trained, tmp_path):
     assert json.loads((run_dir / "metrics.json").read_text()) == before
     shown = json.loads(run("evaluate", "--run", run_dir, "--json").output)
     assert shown["test"] == before["test"]
-    run("evaluate", "--run", run_dir, "--data-root", tmp_path)  # digits have no root: the same images
-    (again,) = run_dir.glob("evaluations/*/test.csv")
-    assert again.read_text() == (run_dir / "predictions" / "test.csv").read_text()
-    (run_dir / "metrics.json").unlink()
-    assert "train --resume" in run("evaluate", "--run", run_dir, code=3).output
-    assert "holds no run" in run("evaluate", "--run", run_dir.parent, code=2).output
+    (line,) = errors(run("evaluate", "--run", run_dir, "--data-root", tmp_path, code=3))
+    assert "digits ships with a library" in line
+    assert not (run_dir / "evaluations").exists()
+    shown = run("evaluate", "--run", run_dir.parent, code=2).output
+    assert (
+        shown
+        == f"error RUN-NONE  {run_dir.parent}  holds no run; name the folder of a seed, as runs/digits_emoe/seed0\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("metrics.json", None, "is not there.*train --resume"),
+        ("predictions/val.csv", None, "is not there.*train --resume"),
+        ("metrics.json", "{", "is damaged"),
+        ("metrics.json", "3", "is damaged"),
+        ("predictions/test.csv", "", "is damaged"),
+        ("predictions/test.csv", "row,label\n0,1\n", "is damaged.*rank"),
+        ("predictions/test.csv", "row,rank\n", "is damaged.*no ranks"),
+        ("predictions/test.csv", "row,rank\n0,\n", "is damaged"),
+        ("predictions/test.csv", "row,rank\n0,-1\n", "is damaged.*no ranks"),
+        ("predictions/test.csv", "row,rank\n0,a\n", "is damaged"),
+        ("predictions/test.csv", "\0\xff", "is damaged"),
+    ],
+)
+def test_scoring_again_what_is_damaged_is_one_line_and_changes_nothing(trained, tmp_path, name, content, told):
+    run_dir = tmp_path / "seed0"
+    shutil.copytree(trained / "tiny_emoe" / "seed0", run_dir, ignore=shutil.ignore_patterns("checkpoints"))
+    (run_dir / name).unlink()
+    if content is not None:
+        (run_dir / name).write_text(content)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    shown = run("evaluate", "--run", run_dir, code=3).output
+    assert re.fullmatch(rf"error RUN-METRICS  {run_dir / name}  {told}.*\n", shown)
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
 def test_probes_and_heat_map_of_a_run(trained):
@@ -158,7 +188,7 @@ def test_probes_and_heat_map_of_a_run(trained):
     again = json.loads((run_dir / "fewshot" / "digits.json").read_text())
     assert again["5"] == report["5"]  # more draws stay
     assert again["2"]["mean"]["ridge"]["low"] is None  # an interval of two draws would look precise
-    for shots in ("a", "0", "0,5"):
+    for shots in ("a", "0", "0,5", "²"):
         assert "CLI-NUMBERS" in run("fewshot", "--run", run_dir, "--shots", shots, code=2).output
     assert "IMG-SHOTS" in run("fewshot", "--run", run_dir, "--shots", "200", code=3).output
     assert "block1" in run("heatmap", "--run", run_dir).output
@@ -206,6 +236,42 @@ def test_a_folder_of_images_trains_and_a_broken_one_is_named(tmp_path):
     assert not (tmp_path / "empty").exists()
 
 
+def test_other_images_are_scored_apart_and_resume_wants_the_same(tmp_path, caplog):
+    """Other pictures of the same names are told from those of the run, by their sizes."""
+    root = write_images(tmp_path / "imagenet")
+    config = write_config(tmp_path, "folders", dataset="imagenet", images=8, batch=4)
+    command = ("train", "--config", config, "--data-root", root, "--out", tmp_path / "runs")
+    run(*command)
+    run_dir = tmp_path / "runs" / "folders" / "seed0"
+    evaluate = ("evaluate", "--run", run_dir, "--data-root")
+    run(*evaluate, root)
+    folder = tmp_path / "v2"
+    shutil.copytree(root / "val", folder)
+    for path in folder.rglob("*.JPEG"):
+        Image.open(path).resize((20, 20)).save(path)
+    (folder / "n01" / "5.JPEG").unlink()
+    run(*evaluate, folder)
+    shutil.copytree(root / "val" / "n02", tmp_path / "part" / "val" / "n02")
+    run(*evaluate, tmp_path / "part")
+    assert "without an image here: 1 of 2" in caplog.text
+    found = {len(pd.read_csv(path)): path for path in run_dir.glob("evaluations/*/test.csv")}
+    assert set(found) == {12, 11, 6}
+    assert found[12].read_text() == (run_dir / "predictions" / "test.csv").read_text()
+    assert pd.read_csv(found[6])["label"].tolist() == [1] * 6
+    (folder / "n03").mkdir()
+    (line,) = errors(run(*evaluate, folder, code=3))
+    assert "n03 is none of the 2 classes" in line
+
+    run(*command, "--resume")
+    Image.new("RGB", (12, 12)).save(root / "train" / "n01" / "0.JPEG")
+    (line,) = errors(run(*command, "--resume", code=4))
+    assert "contents was" in line
+    facts = json.loads((run_dir / "environment.json").read_text())
+    del facts["contents"]  # as a run of an earlier version
+    (run_dir / "environment.json").write_text(json.dumps(facts))
+    run(*command, "--resume")
+
+
 def test_bad_requests_are_one_line_each(tmp_path, monkeypatch):
     monkeypatch.delenv("EMOE_MED_DATA_ROOT", raising=False)
     out = ("--out", tmp_path / "runs")
@@ -215,6 +281,8 @@ def test_bad_requests_are_one_line_each(tmp_path, monkeypatch):
         (("--dataset", "imagenet", "--data-root", tmp_path), 3, "IMG-LAYOUT"),
         (("--dataset", "mnist"), 2, "CLI-DATASET"),
         (("--seeds", "0,x"), 2, "CLI-NUMBERS"),
+        (("--seeds", "²"), 2, "CLI-NUMBERS"),
+        (("--data-root", tmp_path), 3, "IMG-ROOT"),
         (("--config", tmp_path / "none.yaml"), 2, "CFG-MISSING"),
         (("--set", "model.depths=3"), 2, "CFG-KEY"),
         (("--set", f"model.weights={tmp_path / 'none'}"), 4, "WGT-FILE"),

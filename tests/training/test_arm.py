@@ -1,0 +1,29 @@
+import json
+
+import pytest
+
+from emoe_med.errors import CheckpointError, DataError
+from emoe_med.training.arm import check_alike, check_same
+
+
+def recorded(folder, **facts):
+    folder.mkdir()
+    (folder / "environment.json").write_text(json.dumps(facts))
+    (folder / "splits.csv").write_text("row,split\n")
+    return folder
+
+
+def test_what_a_run_did_not_record_is_not_compared(tmp_path):
+    early = recorded(tmp_path / "early", data="a")
+    late = recorded(tmp_path / "late", data="a", contents="x")
+    other = recorded(tmp_path / "other", data="a", contents="y")
+    check_same(early, {"data": "a", "contents": "x"})
+    check_same(tmp_path / "new", {"data": "a", "contents": "x"})
+    with pytest.raises(CheckpointError, match="data was a in this run and is b now"):
+        check_same(early, {"data": "b", "contents": "x"})
+    with pytest.raises(CheckpointError, match="contents was y in this run and is x now"):
+        check_same(other, {"data": "a", "contents": "x"})
+    check_alike([(0, early), (0, late), (0, early)])
+    with pytest.raises(DataError, match=r"CMP-OTHER.*other  another contents") as refused:
+        check_alike([(0, late), (0, early), (0, other)])
+    assert len(refused.value.faults) == 1

@@ -170,7 +170,7 @@ def replace_file(path: Path, content: bytes) -> None:
         aside.replace(path)
     except OSError as error:
         reason = f"cannot be written ({error.strerror or error})"
-        raise StorageError(Fault("VOL-WRITE", reason, file=str(path))) from error
+        raise StorageError(Fault("STORE-WRITE", reason, file=str(path))) from error
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)

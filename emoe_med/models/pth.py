@@ -40,7 +40,11 @@ def read_pth(path: Path) -> dict[str, Tensor]:
 
 
 def _convert(source: Path, target: Path) -> None:
-    content = torch.load(source, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # whose message may be advice on how to run it nevertheless
+        kind = type(error).__name__
+        raise SystemExit(f"it is none of torch's files, is damaged, or holds more than tensors: {kind}") from None
     for name in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]

@@ -35,6 +35,11 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size
         raise CheckpointError(*faults)
 
 
+def axis_size(found: Mapping[str, Tensor], name: str, axis: int = 0) -> int:
+    """Return the length of an axis; 0 without such a tensor or axis, which a comparison of shapes will tell."""
+    return found[name].shape[axis] if name in found and found[name].ndim > axis else 0
+
+
 @torch.no_grad()
 def load_by_name(net: nn.Module, found: Mapping[str, Tensor], path: Path, head: str) -> bool:
     """Put weights into a network of the same names; everything is compared before anything is changed.

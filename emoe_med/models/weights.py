@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from emoe_med.errors import CheckpointError, Fault
+from emoe_med.errors import CheckpointError, ConfigError, Fault
+from emoe_med.models.normalisation import flaw, published_constants
 from emoe_med.models.pth import read_pth
-from emoe_med.models.state import check_tensors
+from emoe_med.models.state import axis_size, check_tensors
 from emoe_med.models.vit import Mlp, ViT, ViTOptions, copy_mlp, resized_positions
 from emoe_med.moe import EigenOptions, EigenRouter, MLPExperts, MLPOptions, MoELayer, load_published
 
@@ -38,6 +39,7 @@ _HUGGING_FACE = (
     (r"(?:vit\.)?layernorm\.", "norm."),
     (r"classifier\.", "head."),
 )
+_PART = re.compile(r"(?<=\.attn\.)(query|key|value)(?=\.)")
 _BRANCH = re.compile(r"branches\.(\d+)\.")
 
 
@@ -68,7 +70,13 @@ def read_weights(path: Path) -> ViTWeights:
     if not {"mean", "std"} <= metadata.keys():
         hint = "make one by `python -m emoe_med.vision import-weights`"
         raise CheckpointError(Fault("WGT-FILE", "carries no normalisation constants", str(path), hint=hint))
-    mean, std = (tuple(json.loads(metadata[name])) for name in ("mean", "std"))
+    try:
+        mean, std = (tuple(map(float, json.loads(metadata[name]))) for name in ("mean", "std"))
+        reason = flaw(mean, std)
+    except (ValueError, TypeError) as error:
+        reason = str(error)
+    if reason:
+        raise CheckpointError(Fault("WGT-FILE", f"carries no usable normalisation constants ({reason})", str(path)))
     return ViTWeights(tensors, mean, std, _digest(path))
 
 
@@ -81,17 +89,29 @@ def write_weights(weights: ViTWeights) -> bytes:
 def read_foreign(path: Path, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None) -> ViTWeights:
     """Read a published file: timm's or Hugging Face's safetensors, or the EMoE authors' `.pth`.
 
-    The constants are taken from timm's `config.json` or Hugging Face's `preprocessor_config.json` beside it.
+    The constants are taken from timm's `config.json` or Hugging Face's `preprocessor_config.json` beside it, unless
+    both are given.
 
     Raises:
-        CheckpointError: WGT-FILE, WGT-PTH; WGT-NORM, no constants given nor beside the file.
+        CheckpointError: WGT-FILE, WGT-PTH, CKPT-KEY; WGT-NAN, a weight is not finite; WGT-NORM, no usable constants
+            beside the file.
+        ConfigError: WGT-NORM, the given constants cannot be.
     """
     if not path.is_file():
-        raise CheckpointError(Fault("WGT-FILE", "is not there", str(path)))
+        reason = "is a folder" if path.is_dir() else "is no file" if path.exists() else "is not there"
+        raise CheckpointError(Fault("WGT-FILE", reason, str(path), hint="name the file of the weights"))
     tensors = read_pth(path) if path.suffix in (".pth", ".pt", ".bin") else _safetensors(path)[0]
-    tensors = {name: tensor.float() for name, tensor in _as_timm(tensors).items()}
+    tensors = {name: tensor.float() for name, tensor in _as_timm(tensors, path).items()}
+    wrong = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if wrong:
+        raise CheckpointError(Fault("WGT-NAN", f"{wrong[0]} is not finite (and {len(wrong) - 1} more)", str(path)))
+    error: type[CheckpointError | ConfigError] = ConfigError
     if mean is None or std is None:
-        mean, std = _constants(path)
+        (mean, std), error = published_constants(path), CheckpointError
+    stems = [tensors[name] for name in ("patch_embed.proj.weight", "conv1.weight") if name in tensors]
+    channels = next((stem.shape[1] for stem in stems if stem.ndim == 4), None)
+    if reason := flaw(mean, std, channels):
+        raise error(Fault("WGT-NORM", reason, str(path), hint="give --mean and --std of pixels in 0 to 1"))
     return ViTWeights(tensors, mean, std, _digest(path))
 
 
@@ -109,27 +129,14 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _constants(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    for name, keys in (("config.json", ("mean", "std")), ("preprocessor_config.json", ("image_mean", "image_std"))):
-        beside = path.with_name(name)
-        if not beside.is_file():
-            continue
-        try:
-            content = json.loads(beside.read_text("utf-8"))
-            content = content.get("pretrained_cfg", content)
-            if keys[0] in content:
-                mean, std = (tuple(float(value) for value in content[key]) for key in keys)
-                return mean, std
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(Fault("WGT-NORM", f"has no usable constants ({error})", str(beside))) from error
-    hint = "give --mean and --std as its authors trained it, e.g. 0.5,0.5,0.5"
-    raise CheckpointError(Fault("WGT-NORM", "no constants to normalise pixels by lie beside it", str(path), hint=hint))
+def _as_timm(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Rename; names that no rule knows stay, and are refused when they are put into a network.
 
-
-def _as_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename; names that no rule knows stay, and are refused when they are put into a network."""
+    Raises:
+        CheckpointError: CKPT-KEY, query, key and value do not go together; WGT-KEY.
+    """
     if any(_BRANCH.match(name) for name in tensors):
-        return _authors(tensors)
+        return _authors(tensors, path)
     if not any("embeddings.cls_token" in name for name in tensors):
         return dict(tensors)
     named = {}
@@ -139,13 +146,17 @@ def _as_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for pattern, new in _HUGGING_FACE:
             name = re.sub(f"^{pattern}", new, name)
         named[name] = tensor
-    for name in [name for name in named if ".attn.query." in name]:
-        parts = [named.pop(name.replace("query", part)) for part in ("query", "key", "value")]
-        named[name.replace("query", "qkv")] = torch.cat(parts)
+    for whole in sorted({_PART.sub("qkv", name) for name in named if _PART.search(name)}):
+        parts = [whole.replace(".qkv.", f".{part}.") for part in ("query", "key", "value")]
+        shapes = {named[part].shape if part in named else None for part in parts}
+        if len(shapes) > 1 or shapes == {torch.Size()}:
+            reason = f"{', '.join(parts)} are not there or differ in shape"
+            raise CheckpointError(Fault("CKPT-KEY", reason, str(path)))
+        named[whole] = torch.cat([named.pop(part) for part in parts])
     return named
 
 
-def _authors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _authors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Read the authors' EMoE: a timm backbone under `vit.`, one branch behind each of the last blocks.
 
     The branch behind the very last block is left out: the class token is pooled, so that it changes no output.
@@ -156,6 +167,9 @@ def _authors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     named = {name.removeprefix("vit."): tensor for name, tensor in tensors.items() if name.startswith("vit.")}
     depth = 1 + max((int(name.split(".")[1]) for name in named if name.startswith("blocks.")), default=-1)
     branches = sorted({int(found[1]) for name in tensors if (found := _BRANCH.match(name))})
+    if len(branches) > depth:
+        reason = f"holds {len(branches)} branches for {depth} blocks"
+        raise CheckpointError(Fault("WGT-KEY", reason, str(path)))
     for branch in branches:
         block = depth - len(branches) + branch
         if block == depth - 1:
@@ -167,8 +181,9 @@ def _authors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             router = EigenRouter(width, experts, 1, EigenOptions.paper_code(rank=rank))
             layer = MoELayer(router, MLPExperts(width, experts, MLPOptions(hidden, zero_init=False)), normalise=False)
             load_published(layer, tensors, prefix)
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(Fault("WGT-KEY", f"branch {branch} is not as published: {error}")) from error
+        except (KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:
+            reason = f"branch {branch} is not as published: {error}"
+            raise CheckpointError(Fault("WGT-KEY", reason, str(path))) from error
         named |= {f"blocks.{block}.moe.{name}": tensor for name, tensor in layer.state_dict().items()}
     return named
 
@@ -181,9 +196,10 @@ def check_whole(weights: ViTWeights, path: Path) -> ViTOptions:
     """
     found = {name: tensor for name, tensor in weights.tensors.items() if ".moe." not in name}
     patch, positions = (found.get(name, torch.empty(0)) for name in ("patch_embed.proj.weight", "pos_embed"))
-    if patch.ndim != 4 or positions.ndim != 3:
-        raise CheckpointError(Fault("CKPT-KEY", "holds no patch_embed.proj and pos_embed of a ViT", str(path)))
-    registers = found["reg_token"].shape[1] if "reg_token" in found else 0
+    depth = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
+    if patch.ndim != 4 or positions.ndim != 3 or not depth or 0 in patch.shape:
+        raise CheckpointError(Fault("CKPT-KEY", "holds no patch_embed.proj, pos_embed and blocks of a ViT", str(path)))
+    registers = axis_size(found, "reg_token", 1)
     class_token = "cls_token" in found
     edge = math.isqrt(max(0, positions.shape[1] - registers - class_token)) * patch.shape[2]
     options = ViTOptions(
@@ -191,15 +207,16 @@ def check_whole(weights: ViTWeights, path: Path) -> ViTOptions:
         patch_size=patch.shape[2],
         in_channels=patch.shape[1],
         width=patch.shape[0],
-        depth=len({name.split(".")[1] for name in found if name.startswith("blocks.")}),
+        depth=depth,
         heads=1,  # leaves no trace in a shape
         class_token=class_token,
         registers=registers,
         pool="token" if class_token else "mean",
     )
     with torch.device("meta"):
-        net = ViT(len(found.get("head.bias", ())) or 1, options)
-    expected = {name: t.shape for name, t in net.state_dict().items() if name in found or not name.startswith("head.")}
+        net = ViT(axis_size(found, "head.bias") or 1, options)
+    headless = not any(name.startswith("head.") for name in found)
+    expected = {n: t.shape for n, t in net.state_dict().items() if not (headless and n.startswith("head."))}
     check_tensors(found, expected, path)
     return options
 

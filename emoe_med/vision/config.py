@@ -8,6 +8,7 @@ from pydantic import Field, Tag, model_validator
 
 from emoe_med.config import TrackingConfig, TrainingConfig
 from emoe_med.model_config import KIND, GatingConfig, Section, SingleGatedConfig, TransformerConfig, by_kind
+from emoe_med.models.normalisation import flaw
 
 Dataset = Literal["digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet"]
 ALWAYS_LEARN = ("head.", "fc.", ".moe.")  # parts of parameter names that no freezing holds
@@ -128,4 +129,6 @@ class VisionConfig(Section):
             self.model.single_gated.base_epochs(self.training.epochs)
         if (self.data.mean is None) != (self.data.std is None):
             raise ValueError("data.mean and data.std go together")
+        if self.data.mean is not None and self.data.std is not None and (reason := flaw(self.data.mean, self.data.std)):
+            raise ValueError(f"data.mean and data.std: {reason}")
         return self

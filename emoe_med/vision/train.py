@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,8 @@ import pandas as pd
 from emoe_med.config import dump_run
 from emoe_med.data.image_layouts import Listing, contents
 from emoe_med.data.images import DATASETS, ImageDataset, list_images, split
-from emoe_med.errors import ConfigError, Fault
+from emoe_med.errors import CheckpointError, ConfigError, Fault
+from emoe_med.models.normalisation import flaw
 from emoe_med.models.weights import ViTWeights, read_weights
 from emoe_med.training.arm import (
     check_arm,
@@ -70,13 +72,14 @@ def train(
                 raise ConfigError(Fault("CFG-FREEZE", "model.freeze without weights holds random ones", hint=hint))
             sources = {"data": listing.digest(), "contents": contents(listing.train, listing.test)}
             sources |= {} if start is None else {"weights": start.sha256}
+            meta = _meta(config, listing.classes, start)
             for run, run_dir in zip(runs, run_dirs, strict=True):
                 check_same(run_dir, {"config": config_digest(run), **sources})
         with tracked(group, out, config, "vision", "group", machine=machine):
             pass  # the parent exists from now on; its children name it
         for run, run_dir in zip(runs, run_dirs, strict=True):
             if not machine.gather(is_done(run_dir))[0]:
-                task = _task(run, listing, parts, start, sources)
+                task = _task(run, listing, parts, start, sources, meta)
                 _train_seed(task, listing, parts, out, run_dir, resume, machine)
         with machine.together():
             if machine.first:
@@ -88,19 +91,33 @@ def _with_seed(config: VisionConfig, seed: int) -> VisionConfig:
     return config.model_copy(update={"training": config.training.model_copy(update={"seed": seed})})
 
 
+def _meta(config: VisionConfig, classes: Sequence[str], start: ViTWeights | None) -> dict[str, Any]:
+    """Return what images must be like for the network, as checkpoints keep it.
+
+    Raises:
+        ConfigError, CheckpointError: The constants to normalise by are for another number of channels.
+    """
+    known = DATASETS[config.data.dataset]
+    constants = {
+        name: getattr(config.data, name) or getattr(known if start is None else start, name) for name in ("mean", "std")
+    }
+    if reason := flaw(constants["mean"], constants["std"], known.channels):
+        if config.data.mean is not None:
+            raise ConfigError(Fault("CFG-NORM", f"data.mean and data.std: {reason} of {config.data.dataset}"))
+        reason = f"{reason} of {config.data.dataset}"
+        raise CheckpointError(Fault("WGT-NORM", reason, config.model.weights))
+    return {"classes": list(classes), "channels": known.channels, **constants}
+
+
 def _task(
     config: VisionConfig,
     listing: Listing,
     parts: tuple[np.ndarray, np.ndarray],
     start: ViTWeights | None,
     sources: Mapping[str, str],
+    meta: dict[str, Any],
 ) -> VisionTask:
-    known = DATASETS[config.data.dataset]
-    data = ImageDataset(listing.train, config.data.resize, known.channels)
-    constants = {
-        name: getattr(config.data, name) or getattr(known if start is None else start, name) for name in ("mean", "std")
-    }
-    meta = {"classes": list(listing.classes), "channels": known.channels, **constants}
+    data = ImageDataset(listing.train, config.data.resize, meta["channels"])
     digests = {"config": config_digest(config), **sources}  # must be equal for a run to be gone on with
     return VisionTask(config, data, parts[0].tolist(), parts[1].tolist(), digests, meta, start)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from emoe_med.data.files import replace_file
-from emoe_med.errors import ConfigError, Fault
+from emoe_med.errors import CheckpointError, ConfigError, Fault
 from emoe_med.models.resnet import ResNet, ResNetOptions
-from emoe_med.models.state import check_tensors
+from emoe_med.models.state import axis_size, check_tensors
 from emoe_med.models.weights import ViTWeights, check_whole, read_foreign, resized, write_weights
 
 
@@ -23,11 +23,16 @@ def import_file(
     """Check published weights, interpolate the position embedding on demand, write them; returns what they are.
 
     Raises:
-        CheckpointError: Not readable, not whole, or without constants.
-        ConfigError: The image does not divide into the patches.
+        CheckpointError: Not readable, not whole, not finite, or without constants.
+        ConfigError: The image does not divide into the patches, or the constants cannot be.
+        StorageError: It cannot be written there.
     """
+    if (mean is None) != (std is None):
+        raise ConfigError(Fault("CLI-NUMBERS", "--mean and --std go together"))
     weights = read_foreign(source, mean, std)
     if "layer1.0.conv1.weight" in weights.tensors:
+        if image_size is not None:
+            raise ConfigError(Fault("CLI-SIZE", "--image-size: a ResNet has no position embedding", str(source)))
         what = _resnet(weights, source)
     else:
         weights, what = _transformer(weights, source, image_size)
@@ -38,11 +43,11 @@ def import_file(
 def _transformer(weights: ViTWeights, source: Path, image_size: int | None) -> tuple[ViTWeights, str]:
     options = check_whole(weights, source)
     if image_size is not None:
-        if image_size % options.patch_size:
+        if image_size < 1 or image_size % options.patch_size:
             reason = f"--image-size {image_size} does not divide into patches of {options.patch_size}"
             raise ConfigError(Fault("CLI-SIZE", reason))
         weights = resized(weights, image_size // options.patch_size, options.prefix)
-    classes = len(weights.tensors.get("head.bias", ())) or "no"
+    classes = axis_size(weights.tensors, "head.bias") or "no"
     branches = len({name.split(".")[1] for name in weights.tensors if ".moe." in name})
     edge = image_size or options.image_size[0]
     shape = f"width {options.width}, depth {options.depth}, patches of {options.patch_size}, images of {edge}"
@@ -52,7 +57,10 @@ def _transformer(weights: ViTWeights, source: Path, image_size: int | None) -> t
 def _resnet(weights: ViTWeights, source: Path) -> str:
     """Compare every name and shape with the network that the file seems to be of; a head may be missing."""
     found = weights.tensors
-    options, classes = ResNetOptions.of(found), len(found.get("fc.bias", ()))
+    for name in ("conv1.weight", "layer1.0.conv1.weight"):
+        if name not in found or found[name].ndim != 4 or not found[name].numel():
+            raise CheckpointError(Fault("CKPT-KEY", f"holds no {name} of a ResNet", str(source)))
+    options, classes = ResNetOptions.of(found), axis_size(found, "fc.bias")
     with torch.device("meta"):
         own = ResNet(classes or 1, options).state_dict()
     check_tensors(found, {name: t.shape for name, t in own.items() if classes or not name.startswith("fc.")}, source)

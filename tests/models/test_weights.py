@@ -228,6 +228,14 @@ def test_the_authors_checkpoint_gives_their_network(tmp_path):
         torch.testing.assert_close(target(image).output, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_more_branches_than_blocks_are_refused(tmp_path):
+    state = {f"vit.{name}": tensor for name, tensor in net().state_dict().items()}
+    state |= {f"branches.{i}.{name}": tensor for i in range(4) for name, tensor in published_branch().items()}
+    torch.save(state, tmp_path / "emoe.pth")
+    with pytest.raises(CheckpointError, match=r"WGT-KEY.*4 branches for 3 blocks"):
+        read_foreign(tmp_path / "emoe.pth", MEAN, STD)
+
+
 def test_the_authors_huge_layout_is_imported_without_a_head(tmp_path):
     """32 blocks, patches of 14, branches behind the last six, no classifier: ViT-H/14's names at a small width."""
     huge = net(options=ViTOptions((224, 224), 14, 3, width=24, depth=32, heads=2))

@@ -25,7 +25,8 @@ def check_sources(jobs: Sequence[Job], out: Path, places: Places) -> None:
         folder = out / job.folder
         if is_done(folder):
             before = json.loads((folder / "environment.json").read_text())
-            others = [name for name, source in _sources(job, places).items() if before.get(name) != digest(*source)]
+            now = {name: digest(name, *source) for name, source in _sources(job, places).items() if name in before}
+            others = [name for name, found in now.items() if before[name] != found]
             reason = f"{job.label} was made from other {' and '.join(others)}"
             faults += [Fault("PIPE-OTHER", reason, str(folder), hint="give another --out")] if others else []
     if faults:
@@ -37,15 +38,17 @@ def _sources(job: Job, places: Places) -> dict[str, tuple[str | Path, Path | Non
     config = job.arm.config
     if job.arm.task == "brainage":
         return {"manifest": (places.scans()[0], None)}
-    dataset, weights = config.data.dataset, config.model.weights
-    found: dict[str, tuple[str | Path, Path | None]] = {"data": (dataset, places.images(dataset))}
-    return found if weights is None else found | {"weights": (Path(weights), None)}
+    weights = {} if config.model.weights is None else {"weights": (Path(config.model.weights), None)}
+    images = (config.data.dataset, places.images(config.data.dataset))
+    return {"data": images, "contents": images, **weights}
 
 
-def _digest(source: str | Path, root: Path | None) -> str:
+def _digest(name: str, source: str | Path, root: Path | None) -> str:
     if isinstance(source, Path):
         with source.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+    from emoe_med.data.image_layouts import contents
     from emoe_med.data.images import list_images
 
-    return list_images(source, root).digest()
+    listing = list_images(source, root)
+    return listing.digest() if name == "data" else contents(listing.train, listing.test)

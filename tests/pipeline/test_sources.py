@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from emoe_med.data.image_layouts import contents
 from emoe_med.data.images import list_images
 from emoe_med.errors import DataError
 from emoe_med.pipeline.plan import Places, plan, read_pipeline
@@ -36,7 +37,8 @@ def test_runs_of_other_data_are_named_before_anything_runs(tmp_path):
     jobs, places, out = plan(pipeline, tmp_path / "some.yaml"), Places(pipeline, tmp_path), tmp_path / "out"
     first, digits = (next(job for job in jobs if job.arm.task == task) for task in ("brainage", "vision"))
     finish(out / first.folder, manifest=hashlib.sha256(manifest.read_bytes()).hexdigest())
-    finish(out / digits.folder, data=list_images("digits", None).digest())
+    listing = list_images("digits", None)
+    finish(out / digits.folder, data=listing.digest(), contents=contents(listing.train, listing.test))
     check_sources(jobs, out, places)
     manifest.write_text("path,age\na.nii.gz,50\nb.nii.gz,61\n")
     with pytest.raises(DataError, match="cnn3d_4mm/seed0-fold0 was made from other manifest") as refused:

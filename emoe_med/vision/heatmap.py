@@ -13,9 +13,10 @@ import pandas as pd
 import torch
 from scipy.stats import entropy
 
-from emoe_med.data.image_layouts import Listing
+from emoe_med.data.image_layouts import Listing, contents
 from emoe_med.data.images import ImageDataset, list_images
-from emoe_med.errors import ConfigError, DataError, Fault
+from emoe_med.errors import ConfigError, Fault
+from emoe_med.training.arm import check_same
 from emoe_med.training.run_folder import replace_file
 from emoe_med.training.task import MapDataset
 from emoe_med.vision.evaluate import TrainedClassifier
@@ -29,15 +30,14 @@ def heatmap(run_dir: Path, root: Path | None) -> tuple[dict[str, Any], Path]:
 
     Raises:
         ConfigError: HEAT-NONE, the run has no routed layer.
-        CheckpointError: The run has no usable checkpoint.
-        DataError: The images cannot be read, or have other classes.
+        CheckpointError: The run has no usable checkpoint, or is of other images: its maps stand for its own.
+        DataError: The images cannot be read.
     """
     model = TrainedClassifier.load(run_dir)
     if not model.routes:
         raise ConfigError(Fault("HEAT-NONE", "this run has no routed layer", str(run_dir)))
     listing = list_images(model.config.data.dataset, root)
-    if list(listing.classes) != model.meta["classes"]:
-        raise DataError(Fault("IMG-CLASSES", "these are not the classes of the run", str(root)))
+    check_same(run_dir, {"data": listing.digest(), "contents": contents(listing.train, listing.test)})
     return write_heatmap(run_dir, model, listing), run_dir / FOLDER
 
 

@@ -203,7 +203,16 @@ def test_probes_and_heat_map_of_a_run(trained):
     first = table[(table["layer"] == "block1") & (table["expert"] == "E00")]
     np.testing.assert_allclose(shown["maps"]["block1"][0], first["patches"], atol=1e-4)
     assert "http" not in page  # asks nothing of anybody
-    assert set(json.loads((folder / "expert_class.json").read_text())) == {"block0", "block1", "mean"}
+    figures = json.loads((folder / "expert_class.json").read_text())
+    assert set(figures) == {"block0", "block1", "mean"}
+    assert figures["mean"]["nmi"] == pytest.approx((figures["block0"]["nmi"] + figures["block1"]["nmi"]) / 2)
+
+
+def test_a_heat_map_is_of_the_images_of_its_run(trained, tmp_path):
+    copy = shutil.copytree(trained / "tiny_emoe" / "seed0", tmp_path / "run")
+    environment = json.loads((copy / "environment.json").read_text())
+    (copy / "environment.json").write_text(json.dumps({**environment, "contents": "of other pictures"}))
+    assert "contents was of other pictures" in run("heatmap", "--run", copy, code=4).output
 
 
 def write_images(root: Path, count=6) -> Path:

@@ -31,7 +31,9 @@ OnlyOption = Annotated[
 @verb
 def run(
     file: FileArgument,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="runs at a time; they share threads and GPUs")] = 1,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="runs at a time on this machine; they share threads and GPUs")
+    ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check all files and print the commands")] = False,
     submit: Annotated[
         Literal["slurm", "local"] | None,
@@ -46,7 +48,11 @@ def run(
         Path | None, typer.Option("--data-root", help="folder of the data sets; default EMOE_MED_DATA_ROOT")
     ] = None,
     manifest: Annotated[
-        Path | None, typer.Option("--manifest", help="scans, in place of the manifest that the file names")
+        Path | None,
+        typer.Option(
+            "--manifest",
+            help="scans, in place of the manifest that the file names; paths start in EMOE_MED_DATA_ROOT, else beside it",
+        ),
     ] = None,
 ) -> None:
     """Run what is not done, take up what was interrupted, and make the table.
@@ -72,9 +78,7 @@ def run(
 
     executor = _executor(submit, cluster or [], jobs, out / pipeline.name)
     every = plan(pipeline, file)  # `--only` narrows what is run, not what is shown
-    run_pipeline(
-        pipeline, planned, out, places, executor, jobs, lambda tracker: say(report(pipeline, every, out, tracker))
-    )
+    run_pipeline(pipeline, planned, out, places, executor, lambda tracker: say(report(pipeline, every, out, tracker)))
 
 
 def _executor(submit: Literal["slurm", "local"] | None, options: list[str], jobs: int, folder: Path) -> Any:

@@ -64,10 +64,11 @@ def is_claimed(run_dir: Path) -> bool:
     return True
 
 
-def wait_until_free(run_dir: Path, seconds: float) -> None:
-    """Wait for the process that owns a run folder, but no longer than that; `claim` then tells who it is."""
-    deadline = time.monotonic() + seconds
-    while is_claimed(run_dir) and time.monotonic() < deadline:
+def wait_until_free(run_dir: Path) -> None:
+    """Wait for the process that owns a run folder, and say so once."""
+    if is_claimed(run_dir):
+        LOG.warning("%s is in use: waiting; delete its run.lock if what it names is dead on another host", run_dir)
+    while is_claimed(run_dir):
         time.sleep(0.2)
 
 

@@ -170,7 +170,7 @@ def test_commands_are_what_a_person_would_type(tmp_path):
         ("emoe_med.vision", "fewshot"),
     ]
     assert found["digits_emoe"][2][-4:] == ("--shots", "1,5", "--draws", "7")
-    elsewhere = Places(pipeline, None, Path("mine.csv"))
+    elsewhere = Places(pipeline, tmp_path, Path("mine.csv"))  # --data-root is for the images then
     assert elsewhere.scans() == (Path("mine.csv"), None)  # the verb settles the root
 
 

@@ -45,13 +45,14 @@ def run(
     only: OnlyOption = None,
     out: OutOption = Path("runs"),
     data_root: Annotated[
-        Path | None, typer.Option("--data-root", help="folder of the data sets; default EMOE_MED_DATA_ROOT")
+        Path | None,
+        typer.Option("--data-root", help="folder of the data sets (docs/pipelines.md); default EMOE_MED_DATA_ROOT"),
     ] = None,
     manifest: Annotated[
         Path | None,
         typer.Option(
             "--manifest",
-            help="scans, in place of the manifest that the file names; paths start in EMOE_MED_DATA_ROOT, else beside it",
+            help="scans, not those that the file names; paths start in EMOE_MED_DATA_ROOT, or else beside this file",
         ),
     ] = None,
 ) -> None:

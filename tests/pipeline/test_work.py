@@ -1,5 +1,7 @@
 """A run that another pipeline has at work is waited for; what a dead process left is not."""
 
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -10,15 +12,26 @@ from pathlib import Path
 import pytest
 
 from emoe_med.pipeline.work import Work, run_verbs
-from emoe_med.training.run_folder import wait_until_free
+from emoe_med.training.run_folder import is_claimed, wait_until_free
+
+HOLD = """
+import fcntl, json, os, socket, sys, time
+with open(sys.argv[1], "a+") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "start": "now"}, file)
+    file.flush()
+    print("locked", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
 
 
 def locked(folder, seconds):
     """A run folder that a process has for some seconds; the process, which is reaped as it ends."""
-    process = subprocess.Popen(["sleep", str(seconds)])
+    command = [sys.executable, "-c", HOLD, folder / "run.lock", str(seconds)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with process.stdout:
+        process.stdout.readline()
     threading.Thread(target=process.wait).start()  # a process that nobody asked for its end still counts as alive
-    owner = f'{{"pid": {process.pid}, "host": "{socket.gethostname()}", "start": "now"}}'
-    (folder / "run.lock").write_text(owner)
     return process
 
 
@@ -32,6 +45,13 @@ def test_a_run_that_is_at_work_is_waited_for_and_told_once(tmp_path, caplog):
     assert not caplog.records
 
 
+def test_a_dead_process_whose_number_another_one_has_is_not_waited_for(tmp_path, caplog):
+    (tmp_path / "run.lock").write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "start": "then"}))
+    assert is_claimed(tmp_path)  # as far as the number tells
+    wait_until_free(tmp_path)
+    assert not caplog.records
+
+
 VERB = """
 from pathlib import Path
 def app(arguments, **rest):
@@ -39,7 +59,7 @@ def app(arguments, **rest):
     tries.write_text((tries.read_text() if tries.exists() else "") + "x")
     if len(tries.read_text()) > 1:
         return 0
-    Path("run.lock").write_text(Path("taken").read_text())
+    Path("taken").rename("run.lock")
     return int(arguments[0])
 """
 

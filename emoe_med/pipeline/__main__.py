@@ -31,7 +31,9 @@ OnlyOption = Annotated[
 @verb
 def run(
     file: FileArgument,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="runs at a time; they share threads and GPUs")] = 1,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="runs at a time on this machine; they share threads and GPUs")
+    ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check all files and print the commands")] = False,
     submit: Annotated[
         Literal["slurm", "local"] | None,
@@ -43,10 +45,15 @@ def run(
     only: OnlyOption = None,
     out: OutOption = Path("runs"),
     data_root: Annotated[
-        Path | None, typer.Option("--data-root", help="folder of the data sets; default EMOE_MED_DATA_ROOT")
+        Path | None,
+        typer.Option("--data-root", help="folder of the data sets (docs/pipelines.md); default EMOE_MED_DATA_ROOT"),
     ] = None,
     manifest: Annotated[
-        Path | None, typer.Option("--manifest", help="scans, in place of the manifest that the file names")
+        Path | None,
+        typer.Option(
+            "--manifest",
+            help="scans, not those that the file names; paths start in EMOE_MED_DATA_ROOT, or else beside this file",
+        ),
     ] = None,
 ) -> None:
     """Run what is not done, take up what was interrupted, and make the table.
@@ -72,9 +79,7 @@ def run(
 
     executor = _executor(submit, cluster or [], jobs, out / pipeline.name)
     every = plan(pipeline, file)  # `--only` narrows what is run, not what is shown
-    run_pipeline(
-        pipeline, planned, out, places, executor, jobs, lambda tracker: say(report(pipeline, every, out, tracker))
-    )
+    run_pipeline(pipeline, planned, out, places, executor, lambda tracker: say(report(pipeline, every, out, tracker)))
 
 
 def _executor(submit: Literal["slurm", "local"] | None, options: list[str], jobs: int, folder: Path) -> Any:

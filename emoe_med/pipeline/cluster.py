@@ -44,6 +44,9 @@ class Cluster:
         folder: For submitit's files and the numbers of the jobs; seen by all nodes.
         options: `key=value` for submitit, as `timeout_min=600`, `gpus_per_node=1`, `slurm_partition=gpu`.
 
+    Attributes:
+        processes: That a job may start: its CPUs.
+
     Raises:
         ConfigError: submitit is not installed, or an option is not of the form key=value.
     """
@@ -59,7 +62,9 @@ class Cluster:
         self._sent: dict[str, Any] = {}
         self._job = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[kind]
         self._executor = submitit.AutoExecutor(folder=self._folder, cluster=kind)
-        self._executor.update_parameters(**_options(options))
+        asked = _options(options)
+        self._executor.update_parameters(**asked)
+        self.processes = int(asked.get("cpus_per_task", 1))
 
     def run(self, works: Sequence[Work], on_end: OnEnd) -> None:
         """Submit all of it, unless it is queued or running already, and wait.
@@ -70,15 +75,15 @@ class Cluster:
         start = time.monotonic()
         jobs = self._sent = {**self._remembered(), **self._sent}
         for work in works:
-            if work.label not in jobs or jobs[work.label].done():
-                jobs[work.label] = self._executor.submit(Submitted(work.call))
+            if work.key not in jobs or jobs[work.key].done():
+                jobs[work.key] = self._executor.submit(Submitted(work.call))
                 self._remember(jobs)
-        waiting = {work.label: work for work in works}
+        waiting = {work.key: work for work in works}
         try:
             while waiting:
-                for label in [label for label in waiting if jobs[label].done()]:
-                    work = waiting.pop(label)
-                    on_end(work, _exit_code(jobs[label], work.log), time.monotonic() - start)
+                for key in [key for key in waiting if jobs[key].done()]:
+                    work = waiting.pop(key)
+                    on_end(work, _exit_code(jobs[key], work.log), time.monotonic() - start)
                 time.sleep(min(POLL_S, 0.2) if self._executor.cluster == "local" else POLL_S)
         except KeyboardInterrupt:
             reason = f"{len(waiting)} jobs go on without this command"
@@ -88,11 +93,11 @@ class Cluster:
         if not self._numbers.is_file():
             return {}
         numbers = json.loads(self._numbers.read_text())
-        return {label: self._job(self._folder, number) for label, number in numbers.items()}
+        return {key: self._job(self._folder, number) for key, number in numbers.items()}
 
     def _remember(self, jobs: Mapping[str, Any]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        numbers = {label: job.job_id for label, job in jobs.items()}
+        numbers = {key: job.job_id for key, job in jobs.items()}
         replace_file(self._numbers, (json.dumps(numbers, indent=1) + "\n").encode())
 
 

@@ -58,10 +58,13 @@ def compare(
     )
     pipeline = Pipeline(name="comparison", runs=(RunEntry(config="of each run"),), table=table)
     try:
-        return pipeline, runs, make_table(pipeline, runs, Path())
+        made = make_table(pipeline, runs, Path())
     except FileNotFoundError as error:
         reason = f"{' or '.join(columns)} was not measured for this run"
         raise DataError(Fault("CMP-METRIC", reason, str(error.filename))) from error
+    if empty := [part.column.metric for part in made if not any(cell.own for cell in part.cells)]:
+        raise DataError(*(Fault("CMP-METRIC", f"{metric} was measured for none of these runs") for metric in empty))
+    return pipeline, runs, made
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:

@@ -161,7 +161,8 @@ class Places:
     Attributes:
         pipeline: As read.
         data_root: Folder below which data sets lie; None: EMOE_MED_DATA_ROOT, or else the current folder.
-        manifest: Manifest of the scans, if not the one that the pipeline names.
+        manifest: Manifest of the scans, if not the one that the pipeline names. Its paths start where `brainage train`
+            has them without `--data-root`: in EMOE_MED_DATA_ROOT, or else beside it.
     """
 
     pipeline: Pipeline
@@ -173,13 +174,13 @@ class Places:
         return self.data_root or Path(os.environ.get("EMOE_MED_DATA_ROOT", "."))
 
     def scans(self) -> tuple[Path, Path | None]:
-        """Return the manifest and the root of its paths.
+        """Return the manifest and the root of its paths; None: the verb settles it.
 
         Raises:
             DataError: There is none.
         """
         if self.manifest is not None:
-            return self.manifest, self.data_root
+            return self.manifest, None
         named = self.pipeline.data.brainage
         if named is None:
             hint = "give --manifest FILE"

@@ -32,11 +32,15 @@ class Pool:
     Args:
         jobs: Processes at a time.
         gpus: Devices to share out, as CUDA_VISIBLE_DEVICES names them; none on a machine without.
+
+    Attributes:
+        processes: That one piece of work may start when it runs alone: as many as `jobs`.
     """
 
     def __init__(self, jobs: int, gpus: Sequence[str]) -> None:
-        self.jobs, self.gpus = jobs, list(gpus)
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.jobs = self.processes = jobs
+        self.gpus = list(gpus)
+        threads = max(1, _cpus() // jobs)
         for name in THREAD_VARIABLES:
             os.environ.setdefault(name, str(threads))  # read when the libraries load: before the first process
         # whoever asks whether there is a GPU must not start CUDA in the process that others are forked from
@@ -107,6 +111,11 @@ class Pool:
 def _exit_code(code: int | None) -> int:
     """Return an exit code as a shell has it: 128 + N after signal N."""
     return 1 if code is None else 128 - code if code < 0 else code
+
+
+def _cpus() -> int:
+    """Return how many CPUs this process may use: a container or a batch job may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:

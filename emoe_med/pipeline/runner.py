@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -10,20 +11,26 @@ from pathlib import Path
 from typing import Protocol
 
 from emoe_med.errors import EXIT_DONE, EXIT_PARTIAL, DataError, Fault, PartialError
-from emoe_med.pipeline.plan import Arm, Job, Places, commands
+from emoe_med.pipeline.plan import KEY_LENGTH, Arm, Job, Places, commands
 from emoe_med.pipeline.pool import OnEnd
 from emoe_med.pipeline.schema import Pipeline
 from emoe_med.pipeline.sources import check_sources
 from emoe_med.pipeline.state import state
 from emoe_med.pipeline.work import Work, fill_cache, run_verbs
-from emoe_med.training.run_folder import probe
+from emoe_med.training.run_folder import probe, wait_until_free
 from emoe_med.training.tracking import Tracker
 
 LOG = logging.getLogger("emoe_med")
 
 
 class Executor(Protocol):
-    """What does the work: this machine, or a cluster."""
+    """What does the work: this machine, or a cluster.
+
+    Attributes:
+        processes: That one piece of work may start when it runs alone.
+    """
+
+    processes: int
 
     def run(self, works: Sequence[Work], on_end: OnEnd) -> None:
         """Do all of it, and call `on_end` for each as it ends."""
@@ -48,7 +55,6 @@ def run_pipeline(
     out: Path,
     places: Places,
     executor: Executor,
-    processes: int,
     finish: Callable[[Tracker], None],
 ) -> None:
     """Run what is not done, then `finish`: the table and what else is made of the runs.
@@ -59,7 +65,6 @@ def run_pipeline(
         out: Folder of all runs, their cache and the tracking store.
         places: Where the data lie.
         executor: Does the work.
-        processes: Processes that fill the cache of volumes.
         finish: Called at the end with the entered tracker of the pipeline, also where runs failed.
 
     Raises:
@@ -77,7 +82,12 @@ def run_pipeline(
             os.environ["MLFLOW_TRACKING_URI"] = tracker.uri  # one store for all runs, whatever their own folder
         _nest(left, out, folder, tracker.uri)
         LOG.info("%s: %d runs, %d to do", pipeline.name, len(jobs), len(left))
-        _fill_caches(left, out, places, executor, folder, processes)
+        for job in left:
+            if state(job, out) == "running":
+                LOG.info(
+                    "%s runs elsewhere and is waited for; %s names where", job.label, out / job.folder / "run.lock"
+                )
+        _fill_caches(left, out, places, executor, folder)
         failed = _run(left, out, places, executor, folder, tracker)
         finish(tracker)
     if failed:
@@ -87,6 +97,7 @@ def run_pipeline(
 def _nest(jobs: Sequence[Job], out: Path, folder: Path, uri: str) -> None:
     """Make the record of each arm before its runs start, so that the pipeline is its parent and the store is there."""
     for arm in {job.arm.key: job.arm for job in jobs}.values():
+        wait_until_free(out / arm.folder)  # another pipeline, or a run of it that starts or ends
         with Tracker(
             out / arm.folder, out=out, experiment=arm.task, run_name=arm.name, parent=folder, uri=_own(arm, uri)
         ):
@@ -97,9 +108,7 @@ def _own(arm: Arm, uri: str) -> str:
     return uri if arm.config.tracking.mlflow else "none"
 
 
-def _fill_caches(
-    jobs: Sequence[Job], out: Path, places: Places, executor: Executor, folder: Path, processes: int
-) -> None:
+def _fill_caches(jobs: Sequence[Job], out: Path, places: Places, executor: Executor, folder: Path) -> None:
     """Read the scans once for every chain that the runs need.
 
     Raises:
@@ -108,11 +117,11 @@ def _fill_caches(
     arms = {_chain(job.arm): job.arm for job in jobs if job.arm.task == "brainage"}
     works = [
         Work(
-            f"cache-{index}",
-            folder / "local" / f"cache-{index}.log",
-            partial(fill_cache, arm.path, arm.assignments, *places.scans(), out / "cache", processes),
+            name,
+            folder / "local" / f"{name}.log",
+            partial(fill_cache, arm.path, arm.assignments, *places.scans(), out / "cache", executor.processes),
         )
-        for index, arm in enumerate(arms.values())
+        for name, arm in arms.items()
     ]
     faults: list[Fault] = []
     for work in works:  # each uses all processes by itself
@@ -122,9 +131,11 @@ def _fill_caches(
         raise DataError(*faults)
 
 
-def _chain(arm: Arm) -> tuple[object, ...]:
+def _chain(arm: Arm) -> str:
+    """Name the volumes that an arm needs, the same for all arms that share them."""
     data = arm.config.data
-    return data.spacing_mm / data.oversample, data.align, data.mask
+    told = repr((data.spacing_mm / data.oversample, data.align, data.mask))
+    return f"cache-{hashlib.sha256(told.encode()).hexdigest()[:KEY_LENGTH]}"
 
 
 def _note_failure(faults: list[Fault], work: Work, code: int, seconds: float) -> None:

@@ -175,7 +175,7 @@ def _compare(
             continue
         a, b = values[cell.arm].align(values.get(cell.control, pd.DataFrame()), join="inner")
         if not (a.notna() & b.notna()).to_numpy().any():
-            cell.note = cell.note or "no run in common with the control yet"
+            cell.note = cell.note or "no seed with the same samples in common with the control"
             continue
         try:
             check_alike((job.fold, out / job.folder) for arm in (cell.control, cell.arm) for job in done[arm])

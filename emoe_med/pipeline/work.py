@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import logging
 import multiprocessing
@@ -10,14 +11,13 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from emoe_med.errors import EXIT_DONE, EXIT_PARTIAL
+from emoe_med.errors import EXIT_DONE, EXIT_PARTIAL, EXIT_USAGE
 from emoe_med.pipeline.plan import Command
 from emoe_med.training.parent import end_with_parent
-from emoe_med.training.run_folder import wait_until_free
-
-LOCK_WAIT_S = 120  # a run whose pipeline was killed saves and ends in seconds
+from emoe_med.training.run_folder import is_claimed, wait_until_free
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,28 @@ class Work:
 
     label: str
     log: Path
-    call: Callable[[], int]
+    call: partial[int]
+
+    @property
+    def key(self) -> str:
+        """What a cluster knows queued work by: the label, and a digest of what is done under it."""
+        return f"{self.label} {hashlib.sha256(repr(self.call.args).encode()).hexdigest()[:12]}"
 
 
 def run_verbs(commands: Sequence[Command], run_dir: Path) -> int:
-    """Run verbs one after the other, in this process; returns the exit code of the first that fails, or 0."""
-    wait_until_free(run_dir, LOCK_WAIT_S)
+    """Run verbs one after the other, in this process; returns the exit code of the first that fails, or 0.
+
+    A run that another pipeline has at work is waited for, whatever it takes; the verbs then find it done.
+    """
     for module, *arguments in commands:
         print(f"$ python -m {module} {' '.join(arguments)}", flush=True)  # noqa: T201
         app = importlib.import_module(f"{module}.__main__").app
         # not standalone: a SystemExit then is never the verb's, but that of a cluster which queues the job again
-        code = app(arguments, prog_name=f"python -m {module}", standalone_mode=False) or EXIT_DONE
+        while True:
+            wait_until_free(run_dir)
+            code = app(arguments, prog_name=f"python -m {module}", standalone_mode=False) or EXIT_DONE
+            if code != EXIT_USAGE or not is_claimed(run_dir):  # else another pipeline took the folder before the verb
+                break
         if code not in (EXIT_DONE, EXIT_PARTIAL):
             return code
     return EXIT_DONE

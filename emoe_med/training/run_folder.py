@@ -64,11 +64,28 @@ def is_claimed(run_dir: Path) -> bool:
     return True
 
 
-def wait_until_free(run_dir: Path, seconds: float) -> None:
-    """Wait for the process that owns a run folder, but no longer than that; `claim` then tells who it is."""
-    deadline = time.monotonic() + seconds
-    while is_claimed(run_dir) and time.monotonic() < deadline:
+def wait_until_free(run_dir: Path) -> None:
+    """Wait for the process that owns a run folder, and say so once."""
+    if not is_claimed(run_dir) or _is_stale(run_dir / "run.lock"):
+        return
+    LOG.warning("%s is in use: waiting; delete its run.lock if what it names is dead on another host", run_dir)
+    while is_claimed(run_dir):
         time.sleep(0.2)
+
+
+def _is_stale(path: Path) -> bool:
+    """Whether the process that a lock file names is dead and another one of this host has its number: nobody locks."""
+    if path.resolve() in _HELD:
+        return False  # to open and close the file would give up the lock
+    try:
+        with path.open("r+", encoding="utf-8") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            owner = _owner(file)
+            return owner is None or owner["host"] == socket.gethostname()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
 
 
 def probe(folder: Path) -> None:

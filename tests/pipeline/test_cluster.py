@@ -1,5 +1,6 @@
 """Work handed to submitit, by its local executor: real processes, one failure, and no job sent twice."""
 
+import json
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,27 @@ def test_what_still_runs_is_waited_for_and_not_sent_again(tmp_path):
     cluster.run(works[1:], lambda done, code, seconds: ended.append(code))
     assert ended == [0]
     assert (tmp_path / "long").read_text() == "begun\nended\n"
+
+
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # that is the point
+def test_changed_work_under_an_old_label_is_work_of_its_own(tmp_path):
+    def leave(done, code, seconds):
+        raise KeyboardInterrupt
+
+    cluster = Cluster("local", tmp_path / "jobs", OPTIONS)
+    with pytest.raises(Interrupted, match="1 jobs go on"):
+        cluster.run(
+            [work(tmp_path, "quick", slow(tmp_path / "q")), work(tmp_path, "arm", slow(tmp_path / "a", 10))], leave
+        )
+    cluster.run([work(tmp_path, "arm", slow(tmp_path / "changed"))], lambda done, code, seconds: None)
+    assert (tmp_path / "changed").read_text() == "begun\nended\n"
+    known = json.loads((tmp_path / "jobs" / "jobs.json").read_text())
+    assert [key.split()[0] for key in known] == ["quick", "arm", "arm"]
+
+
+def test_a_job_may_start_as_many_processes_as_it_has_cpus(tmp_path):
+    assert Cluster("local", tmp_path, OPTIONS).processes == 1
+    assert Cluster("local", tmp_path, [*OPTIONS, "cpus_per_task=8"]).processes == 8
 
 
 def test_a_preempted_job_is_queued_again_as_it_was(tmp_path):

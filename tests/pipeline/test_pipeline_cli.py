@@ -4,10 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from command_line import typed
+
+from emoe_med.pipeline.__main__ import app
 
 pytestmark = pytest.mark.timeout(1200)  # seconds on a machine of one's own, minutes on a crowded one
 
@@ -39,12 +44,29 @@ table:
 """
 
 
-def pipeline(*arguments, code=0):
+SHARED = """
+name: tiny_shared
+runs: [{config: vision/tiny.yaml, seeds: [0, 1]}]
+table: {columns: [{name: "Top-1, %", metric: test/top1}]}
+"""
+
+
+def start(*arguments):
     command = [sys.executable, "-m", "emoe_med.pipeline", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": ""}
-    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert found.returncode == code, found.stdout + found.stderr
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    )
+
+
+def end(process, code):
+    found = subprocess.CompletedProcess(process.args, None, *process.communicate())
+    assert process.returncode == code, found.stdout + found.stderr
     return found
+
+
+def pipeline(*arguments, code=0):
+    return end(start(*arguments), code)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +75,14 @@ def made(tmp_path_factory):
     (folder / "vision").mkdir()
     (folder / "vision" / "tiny.yaml").write_text(TINY)
     (folder / "tiny.yaml").write_text(PIPELINE)
-    first = pipeline("run", folder / "tiny.yaml", "--out", folder / "runs", "--jobs", 2, code=8)
-    return folder, first
+    (folder / "shared.yaml").write_text(SHARED)
+    first = start("run", folder / "tiny.yaml", "--out", folder / "runs", "--jobs", 2)
+    while first.poll() is None and not (folder / "runs" / "tiny_table" / "local").is_dir():
+        time.sleep(0.1)
+    if find_spec("submitit"):  # beside it, on one of its runs
+        submit = ["--submit", "local", "--cluster", "timeout_min=20", "--cluster", "cpus_per_task=1"]
+        end(start("run", folder / "shared.yaml", "--out", folder / "runs", *submit), 0)
+    return folder, end(first, 8)
 
 
 def test_a_failing_run_is_named_and_stops_nothing(made):
@@ -71,16 +99,39 @@ def test_a_failing_run_is_named_and_stops_nothing(made):
     assert "PLUMBING ONLY" in first.stdout
 
 
+@pytest.mark.skipif(find_spec("submitit") is None, reason="submitit is not installed")
+def test_a_pipeline_beside_it_shares_a_run_and_is_submitted(made):
+    folder, _ = made
+    tables = [pd.read_csv(folder / "runs" / name / "table.csv") for name in ("tiny_table", "tiny_shared")]
+    one, other = (table[(table.row == "tiny") & (table.metric == "test/top1")] for table in tables)
+    assert other.runs_done.tolist() == [2]
+    assert one.by_seed.item() == other.by_seed.item().split()[0]
+    sent = json.loads((folder / "runs" / "tiny_shared" / "local" / "submitit" / "jobs.json").read_text())
+    assert [key.split()[0] for key in sent][-1] == "tiny/seed1"
+    log = (folder / "runs" / "tiny_shared" / "local" / "tiny-seed1.log").read_text()
+    assert "$ python -m emoe_med.vision train" in log
+
+
+def test_finished_runs_are_compared_and_a_figure_that_none_has_is_refused(made):
+    folder, _ = made
+    arms = [next((folder / "runs").glob(f"*/{name}")) for name in ("tiny", "routed")]
+    shown = typed(app)("compare", *arms, "--metric", "test/top1").stdout
+    rows = [line.split(" | ")[0] for line in shown.splitlines() if line.startswith("| ")]
+    assert rows[-2:] == ["| tiny", "| routed"]
+    refused = typed(app)("compare", *arms, "--metric", "routing/nonsense", code=3)
+    assert "error CMP-METRIC  routing/nonsense was measured for none of these runs" in refused.output
+
+
 def test_status_and_a_second_start_know_what_is_done(made):
     folder, _ = made
     out = folder / "runs"
     status = pipeline("status", folder / "tiny.yaml", "--out", out).stdout
     assert status.splitlines()[-1] == "3 runs: 2 done, 1 failed"
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/metrics.json")}
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*/seed0/metrics.json")}
     assert len(before) == 2
     again = pipeline("run", folder / "tiny.yaml", "--out", out, "--only", "tiny")
     assert "1 runs, 0 to do" in again.stderr
-    assert {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/metrics.json")} == before
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/*/seed0/metrics.json")} == before
 
 
 def test_the_record_nests_and_holds_table_and_page(made):

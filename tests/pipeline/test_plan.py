@@ -32,7 +32,10 @@ def codes(error):
 def test_every_shipped_pipeline_can_be_planned(path):
     jobs = planned(path)
     assert len({job.folder for job in jobs}) == len(jobs)
-    assert read_pipeline(path).name == path.stem
+    pipeline = read_pipeline(path)
+    assert pipeline.name == path.stem
+    shown = {row.arm for row in pipeline.table.rows}
+    assert not shown or {job.arm.name for job in jobs} <= shown  # nothing is run that no row shows
 
 
 def test_every_full_pipeline_has_a_twin():
@@ -170,7 +173,7 @@ def test_commands_are_what_a_person_would_type(tmp_path):
         ("emoe_med.vision", "fewshot"),
     ]
     assert found["digits_emoe"][2][-4:] == ("--shots", "1,5", "--draws", "7")
-    elsewhere = Places(pipeline, None, Path("mine.csv"))
+    elsewhere = Places(pipeline, tmp_path, Path("mine.csv"))  # --data-root is for the images then
     assert elsewhere.scans() == (Path("mine.csv"), None)  # the verb settles the root
 
 

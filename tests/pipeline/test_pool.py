@@ -1,5 +1,6 @@
 """Work side by side: exit codes, logs, GPUs in turn, no more at a time than asked for."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -39,6 +40,20 @@ def test_processes_share_gpus_and_end_with_their_codes(tmp_path, monkeypatch):
     assert max(map(int, (tmp_path / "most").read_text().split())) <= 3
     assert (tmp_path / "logs" / "fails.log").read_text() == "told\n"
     assert "FileNotFoundError" in (tmp_path / "logs" / "raises.log").read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to CPUs")
+def test_threads_are_those_of_the_cpus_that_the_process_may_use(monkeypatch):
+    for name in (*THREAD_VARIABLES, "PYTORCH_NVML_BASED_CUDA_CHECK"):
+        monkeypatch.setenv(name, "1")  # so that what the pool sets is taken back
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        Pool(1, [])
+    finally:
+        os.sched_setaffinity(0, before)
+    assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
 READER = """

@@ -217,3 +217,13 @@ def test_what_cannot_be_compared_is_named(made, tmp_path):
         compare([run, run.parent / "." / run.name])
     with pytest.raises(ConfigError, match="CLI-METRIC"):
         compare([run], ["test/mse"])
+    with pytest.raises(DataError, match="CMP-METRIC  routing/nonsense was measured for none"):
+        compare([run, out / jobs[1].folder], ["test/mae", "routing/nonsense"])
+
+
+def test_two_seeds_of_an_arm_are_not_paired(made):
+    _, jobs, out = made({name: sizes for name in ("cnn3d_4mm", "emoe_4mm", "dense_adapter_4mm")})
+    seeds = [out / jobs[0].arm.folder / f"seed{seed}-fold0" for seed in (0, 1)]
+    cell = by_row(compare(seeds)[2])["cnn3d_4mm/seed1-fold0"]
+    assert cell.difference is None
+    assert cell.note == "no seed with the same samples in common with the control"

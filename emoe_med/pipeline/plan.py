@@ -144,7 +144,8 @@ def _jobs(pipeline: Pipeline, entry: RunEntry, arm: Arm, path: Path) -> list[tup
     if arm.task == "vision":
         if entry.folds != "all":
             raise ConfigError(Fault("PIPE-FOLDS", f"{arm.name}: images have no folds", str(path)))
-        routed = any(getattr(arm.config.model, name, None) is not None for name in ("moe", "single_gated"))
+        parts = (getattr(arm.config.model, name, None) for name in ("moe", "single_gated"))
+        routed = any(part is not None and part.num_experts > 1 for part in parts)
         steps = tuple(step for step in pipeline.steps if isinstance(step, FewShot) or routed)
         return [(at, Job(arm, seed, None, steps)) for at, seed in enumerate(entry.seeds)]
     count = arm.config.data.folds

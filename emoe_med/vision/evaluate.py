@@ -87,8 +87,9 @@ class TrainedClassifier:
 
     @property
     def routes(self) -> bool:
-        """Whether anything in the network sends patches or images to experts."""
-        return isinstance(self.net, SingleGated) or bool(self.net.routed_layers())
+        """Whether anything in the network chooses among experts for patches or images; a dense adapter has one."""
+        layers = self.net.routed_layers().values()
+        return isinstance(self.net, SingleGated) or any(layer.router.num_experts > 1 for layer in layers)
 
     def inputs(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Yield the collated batches of a data set with the images that the network sees."""

@@ -29,13 +29,13 @@ def heatmap(run_dir: Path, root: Path | None) -> tuple[dict[str, Any], Path]:
     """Write the heat maps of a run, see `write_heatmap`; returns its figures by layer and the folder.
 
     Raises:
-        ConfigError: HEAT-NONE, the run has no routed layer.
+        ConfigError: HEAT-NONE, the run chooses among no experts.
         CheckpointError: The run has no usable checkpoint, or is of other images: its maps stand for its own.
         DataError: The images cannot be read.
     """
     model = TrainedClassifier.load(run_dir)
     if not model.routes:
-        raise ConfigError(Fault("HEAT-NONE", "this run has no routed layer", str(run_dir)))
+        raise ConfigError(Fault("HEAT-NONE", "this run chooses among no experts", str(run_dir)))
     listing = list_images(model.config.data.dataset, root)
     check_same(run_dir, {"data": listing.digest(), "contents": contents(listing.train, listing.test)})
     return write_heatmap(run_dir, model, listing), run_dir / FOLDER

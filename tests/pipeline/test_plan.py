@@ -154,7 +154,11 @@ def test_commands_are_what_a_person_would_type(tmp_path):
     (tmp_path / "scans" / "all.csv").write_text("image,age\n")
     path = write(
         tmp_path,
-        ["{config: configs/brainage/emoe_4mm.yaml, folds: [1], seeds: [2]}", f"{{config: {DIGITS}}}"],
+        [
+            "{config: configs/brainage/emoe_4mm.yaml, folds: [1], seeds: [2]}",
+            f"{{config: {DIGITS}}}",
+            f'{{config: {DIGITS}, set: [name=adapter, model.moe.num_experts=1, "model.moe.router={{kind: random}}"]}}',
+        ],
         data="{brainage: scans/all.csv}",
         steps="[{verb: heatmap}, {verb: fewshot, dataset: digits, shots: [1, 5], draws: 7}]",
     )
@@ -172,6 +176,7 @@ def test_commands_are_what_a_person_would_type(tmp_path):
         ("emoe_med.vision", "heatmap"),
         ("emoe_med.vision", "fewshot"),
     ]
+    assert [command[1] for command in found["adapter"]] == ["train", "fewshot"]  # one expert: nothing to map
     assert found["digits_emoe"][2][-4:] == ("--shots", "1,5", "--draws", "7")
     elsewhere = Places(pipeline, tmp_path, Path("mine.csv"))  # --data-root is for the images then
     assert elsewhere.scans() == (Path("mine.csv"), None)  # the verb settles the root

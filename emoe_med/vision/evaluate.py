@@ -216,9 +216,9 @@ def score_again(run_dir: Path) -> dict[str, Any]:
     Raises:
         DataError: RUN-METRICS, the run was not evaluated to its end, or what it wrote is damaged.
     """
-    before = _written(run_dir / "metrics.json", lambda path: dict(json.loads(path.read_text())))
+    before = read_back(run_dir / "metrics.json", lambda path: dict(json.loads(path.read_text())))
     paths = {name: run_dir / "predictions" / f"{name}.csv" for name in ("test", "val")}
-    tables = {name: _written(path, _ranks) for name, path in paths.items()}
+    tables = {name: read_back(path, _ranks) for name, path in paths.items()}
     metrics = {**before, **_scores(tables, load_vision(run_dir / "config.yaml"))}
     write_metrics(run_dir, metrics)
     return metrics
@@ -231,7 +231,12 @@ def _ranks(path: Path) -> pd.DataFrame:
     return table
 
 
-def _written(path: Path, read: Callable[[Path], Any]) -> Any:
+def read_back(path: Path, read: Callable[[Path], Any]) -> Any:
+    """Read what a run wrote.
+
+    Raises:
+        DataError: RUN-METRICS, it is not there or is damaged.
+    """
     try:
         return read(path)
     except (OSError, ValueError, TypeError) as error:

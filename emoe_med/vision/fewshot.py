@@ -18,13 +18,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Subset
 
-from emoe_med.data.image_layouts import Files, Pixels
+from emoe_med.data.image_layouts import Files, Listing, Pixels
 from emoe_med.data.images import DATASETS, ImageDataset, list_images, split
 from emoe_med.errors import DataError, Fault
 from emoe_med.training.paired import estimate_of_draws
 from emoe_med.training.run_folder import replace_file
 from emoe_med.training.task import MapDataset
-from emoe_med.vision.evaluate import TrainedClassifier
+from emoe_med.vision.evaluate import TrainedClassifier, read_back
 
 PENALTIES = 2.0 ** np.arange(-10, 20)
 HELD_OUT = 10  # further training images of each class that choose the penalty
@@ -54,14 +54,16 @@ def fewshot(
 
     Raises:
         CheckpointError: The run has no usable checkpoint.
-        DataError: Images cannot be read, have other channels, or are too few of a class.
+        DataError: Images cannot be read, have other channels, or are too few of a class; earlier probes are damaged.
     """
     model = TrainedClassifier.load(run_dir)
     name = dataset or model.config.data.dataset
     if DATASETS[name].channels != model.meta["channels"]:
         raise DataError(Fault("IMG-CHANNELS", f"{name} and the run's images differ in colour"))
     listing = list_images(name, root)
-    pool = _unseen(model, listing.train.labels, max(shots)) if name == model.config.data.dataset else None
+    path = run_dir / "fewshot" / f"{name}.json"
+    before = read_back(path, lambda path: dict(json.loads(path.read_text()))) if path.is_file() else {}
+    pool = _unseen(model, listing, max(shots)) if name == model.config.data.dataset else None
     wanted_draws = {shot: draws or (ONE_SHOT_DRAWS if shot == 1 else DRAWS) for shot in shots}
     chosen = {
         (shot, draw): supports(listing.train.labels, shot, draw, pool)
@@ -89,10 +91,8 @@ def fewshot(
                 probe: {**estimate_of_draws(np.array([values])), "by_draw": values, "classes": len(listing.classes)}
                 for probe, values in found.items()
             }
-    path = run_dir / "fewshot" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    report = {shot: max(before.get(shot, found), found, key=_draws) for shot, found in report.items()}
+    report = {shot: max(found, before.get(shot, found), key=_draws) for shot, found in report.items()}
     replace_file(path, (json.dumps({**before, **report}, indent=1) + "\n").encode())
     return report, path
 
@@ -107,10 +107,10 @@ def _draws(by_feature: Mapping[str, Mapping[str, Any]]) -> int:
     return min(found["n"] for by_probe in by_feature.values() for found in by_probe.values())
 
 
-def _unseen(model: TrainedClassifier, labels: np.ndarray, shot: int) -> np.ndarray | None:
+def _unseen(model: TrainedClassifier, listing: Listing, shot: int) -> np.ndarray | None:
     """Return the training images that a run neither learned from nor was selected on; None where these are too few."""
-    data = model.config.data
-    used = np.concatenate(split(labels, data.val_share, data.train_images, data.split_seed))
+    data, labels = model.config.data, listing.train.labels
+    used = np.concatenate(split(labels, data.val_share, data.train_images, data.split_seed, listing.held))
     pool = np.setdiff1d(np.arange(len(labels)), used)
     if np.bincount(labels[pool], minlength=labels.max() + 1).min() > shot:
         return pool

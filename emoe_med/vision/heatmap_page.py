@@ -130,7 +130,7 @@ map.addEventListener("keydown", (event) => {{
 }});
 for (const id of ["layer", "quantity", "order"]) byId(id).addEventListener("change", draw);
 addEventListener("resize", draw);
-byId("layer").value = "mean";
+byId("layer").value = Object.keys(DATA.maps).at(-2);  // the last layer; the mean stands behind it
 draw();
 </script>
 </html>

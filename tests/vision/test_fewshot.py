@@ -6,9 +6,11 @@ import torch
 from sklearn.linear_model import Ridge as Reference
 from sklearn.metrics import normalized_mutual_info_score
 
+from emoe_med.data.image_layouts import Listing, Pixels
+from emoe_med.data.images import split
 from emoe_med.errors import DataError
 from emoe_med.moe.router import Routing
-from emoe_med.vision.fewshot import PENALTIES, Logistic, Ridge, nearest_mean, penalty_of, supports
+from emoe_med.vision.fewshot import PENALTIES, Logistic, Ridge, _unseen, nearest_mean, penalty_of, supports
 from emoe_med.vision.heatmap import describe, expert_class_counts
 
 
@@ -63,6 +65,16 @@ def test_supports_come_from_the_pool_alone():
     support, held = supports(labels, 4, 0, pool)
     assert np.bincount(labels[support]).tolist() == [4, 4]
     assert set(support) | set(held) <= set(pool)
+
+
+def test_what_a_data_set_selects_on_is_not_unseen():
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1], 30))
+    listing = Listing(("a", "b"), Pixels(np.zeros((60, 1)), labels), Pixels(np.zeros((0, 1)), labels[:0]), held=20)
+    data = SimpleNamespace(val_share=0.1, train_images=10, split_seed=0)
+    pool = _unseen(SimpleNamespace(config=SimpleNamespace(data=data)), listing, 1)
+    learned, selected = split(labels, 0.1, 10, 0, 20)
+    assert set(selected) == set(range(40, 60))
+    assert set(pool) == set(range(40)) - set(learned)
 
 
 class Told:

@@ -188,6 +188,10 @@ def test_probes_and_heat_map_of_a_run(trained):
     again = json.loads((run_dir / "fewshot" / "digits.json").read_text())
     assert again["5"] == report["5"]  # more draws stay
     assert again["2"]["mean"]["ridge"]["low"] is None  # an interval of two draws would look precise
+    path = run_dir / "fewshot" / "digits.json"
+    path.write_text("{")
+    assert "RUN-METRICS" in run("fewshot", "--run", run_dir, "--shots", "2", "--draws", 2, code=3).output
+    path.write_text(json.dumps(again))
     for shots in ("a", "0", "0,5", "²"):
         assert "CLI-NUMBERS" in run("fewshot", "--run", run_dir, "--shots", shots, code=2).output
     assert "IMG-SHOTS" in run("fewshot", "--run", run_dir, "--shots", "200", code=3).output

@@ -18,9 +18,9 @@ import pandas as pd
 import torch
 from preprocessing import centred, dice, overlap
 
+from emoe_med.data.grid import resample
 from emoe_med.data.manifest import read_manifest
 from emoe_med.data.prepare import SPACE
-from emoe_med.data.register import resample
 from emoe_med.data.volume import Volume, read_volume
 
 

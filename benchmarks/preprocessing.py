@@ -31,7 +31,8 @@ import numpy as np
 import torch
 
 from emoe_med.data.bias_field import flatten
-from emoe_med.data.register import align_affine, resample, template
+from emoe_med.data.grid import resample, template
+from emoe_med.data.register import align_affine
 from emoe_med.data.volume import Volume, read_volume
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's world

@@ -163,7 +163,7 @@ class BrainAgeConfig(Section):
 
     @model_validator(mode="after")
     def _fills_the_box(self) -> Self:
-        from emoe_med.data.register import box_grid
+        from emoe_med.data.grid import box_grid
 
         if isinstance(self.model, VolumeViTConfig):
             shape, _ = box_grid(self.data.spacing_mm)

@@ -28,8 +28,8 @@ from emoe_med.brainage.model_card import INTENDED, MUST_COMPLETE, model_card
 from emoe_med.brainage.predict import Predictor
 from emoe_med.brainage.selftest import draw_scan, measure, selftest
 from emoe_med.brainage.shared import shared_metrics
+from emoe_med.data.grid import box_grid
 from emoe_med.data.prepare import EXTRA, version
-from emoe_med.data.register import box_grid
 from emoe_med.errors import CheckpointError, ConfigError, DataError, Fault
 from emoe_med.training.checkpoint import serialise
 from emoe_med.training.run_folder import environment, storage_error, write_synced

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from emoe_med.brainage.maps.write import MIN_MARGIN, colours
-from emoe_med.data.register import BOX_MM
+from emoe_med.data.grid import BOX_MM
 from emoe_med.data.scan import Scan, person_key
 from emoe_med.training.allow_list import MIN_PERSONS
 

@@ -14,8 +14,8 @@ import pandas as pd
 from PIL import Image
 from scipy import ndimage
 
+from emoe_med.data.grid import resample, template
 from emoe_med.data.prepare import Prepared
-from emoe_med.data.register import resample, template
 
 TILE = 176  # pixels
 _RED, _CYAN = (255, 70, 60), (40, 220, 230)

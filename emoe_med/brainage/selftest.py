@@ -22,8 +22,8 @@ from emoe_med.brainage.prepared import prepared_like
 from emoe_med.data.brain import box_centre_mm
 from emoe_med.data.cache import HeadDataset
 from emoe_med.data.cohort import draw_person, scan_person
+from emoe_med.data.grid import BOX_MM
 from emoe_med.data.prepare import Preparation
-from emoe_med.data.register import BOX_MM
 from emoe_med.data.scan import Scan
 from emoe_med.data.sidecar import other_steps
 from emoe_med.data.volume import write_volume

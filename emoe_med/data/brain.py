@@ -23,7 +23,8 @@ from scipy import ndimage
 
 from emoe_med.data import flirt
 from emoe_med.data.fingerprint import FINGERPRINT_VERSION, fingerprint
-from emoe_med.data.register import align_affine, box_grid, resample, similarity_of
+from emoe_med.data.grid import box_grid, resample
+from emoe_med.data.register import align_affine, similarity_of
 from emoe_med.data.sidecar import Sidecar
 from emoe_med.data.volume import StrictReader, Volume, voxel_digest
 from emoe_med.errors import Fault, VolumeError

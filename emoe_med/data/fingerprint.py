@@ -11,7 +11,7 @@ import math
 import numpy as np
 from scipy import ndimage
 
-from emoe_med.data.register import resample, template
+from emoe_med.data.grid import resample, template
 
 FINGERPRINT_VERSION = 1
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)

@@ -18,7 +18,8 @@ from scipy import ndimage
 from emoe_med.data import bias_field
 from emoe_med.data.brain import one_thread
 from emoe_med.data.files import refuse
-from emoe_med.data.register import BOX_MM, align_affine, box_grid, resample
+from emoe_med.data.grid import BOX_MM, box_grid, resample
+from emoe_med.data.register import align_affine
 from emoe_med.data.sidecar import steps_digest
 from emoe_med.data.strip import brain_mask
 from emoe_med.data.volume import Volume, read_volume

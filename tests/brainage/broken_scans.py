@@ -14,7 +14,8 @@ import numpy as np
 from scipy import ndimage
 
 from emoe_med.data.cohort import draw_person, scan_person
-from emoe_med.data.register import align_affine, resample, template
+from emoe_med.data.grid import resample, template
+from emoe_med.data.register import align_affine
 from emoe_med.data.volume import write_volume
 
 Head = tuple[np.ndarray, np.ndarray, np.ndarray]

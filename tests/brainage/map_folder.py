@@ -9,7 +9,7 @@ import nibabel
 import numpy as np
 import pandas as pd
 
-from emoe_med.data.register import box_grid, template
+from emoe_med.data.grid import box_grid, template
 
 EXPERTS = [f"E{number:02d}" for number in range(8)]
 COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#332288"]

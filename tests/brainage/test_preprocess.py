@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from emoe_med.brainage import preprocess as verbs
 from emoe_med.brainage.__main__ import app
 from emoe_med.brainage.preprocess_files import stems
+from emoe_med.data.grid import box_grid
 from emoe_med.data.manifest import read_manifest
 from emoe_med.data.prepare import SPACE, UNIT, Preparation, missing_extra, version
-from emoe_med.data.register import box_grid
 from emoe_med.data.scan import Scan
 from emoe_med.data.volume import read_volume, write_volume
 

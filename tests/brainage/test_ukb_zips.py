@@ -12,8 +12,8 @@ from emoe_med.brainage.cohort import chain_options, prepare_cohort
 from emoe_med.brainage.manifest_ukb import from_ukb
 from emoe_med.brainage.preprocess import preprocess
 from emoe_med.config import BrainAgeConfig
+from emoe_med.data.grid import template
 from emoe_med.data.manifest import read_manifest
-from emoe_med.data.register import template
 from emoe_med.data.volume import write_volume
 from emoe_med.errors import DataError
 

@@ -10,8 +10,8 @@ import torch
 
 from emoe_med.data.brain import ChainOptions
 from emoe_med.data.cache import FileDigests, HeadDataset
+from emoe_med.data.grid import box_grid
 from emoe_med.data.manifest import Scan
-from emoe_med.data.register import box_grid
 from emoe_med.data.volume import write_volume
 from emoe_med.errors import VolumeError
 
@@ -207,7 +207,7 @@ def test_one_image_under_two_names_has_one_content(tmp_path):
 def test_real_heads_land_on_the_template(tmp_path, real_data):
     import pandas as pd
 
-    from emoe_med.data.register import template
+    from emoe_med.data.grid import template
 
     table = pd.read_csv(real_data / "ixi" / "manifest.csv").head(2)
     scans = [

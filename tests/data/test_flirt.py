@@ -7,7 +7,7 @@ import pytest
 from emoe_med.data.brain import ChainOptions
 from emoe_med.data.cache import HeadDataset
 from emoe_med.data.flirt import given_matrix, read_flirt
-from emoe_med.data.register import box_grid, template
+from emoe_med.data.grid import box_grid, template
 from emoe_med.data.scan import Scan
 from emoe_med.errors import VolumeError
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from emoe_med.data.register import box_grid
+from emoe_med.data.grid import box_grid
 
 _SCALE, _HIGH = 0.25, 3  # of the chain's intensity: clip((x / mean - 1) / 0.25, -4, 3)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from emoe_med.brainage.net import BrainAgeNet
 from emoe_med.config import BrainAgeConfig
-from emoe_med.data.register import box_grid
+from emoe_med.data.grid import box_grid
 from emoe_med.errors import ConfigError, Fault
 from emoe_med.models.sfcn import SFCN
 from emoe_med.moe import MoELayer

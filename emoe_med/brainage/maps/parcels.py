@@ -10,8 +10,8 @@ from scipy import sparse
 
 from emoe_med.brainage.maps.cells import CellGrid
 from emoe_med.brainage.maps.label_table import fetch_atlas, names_of, read_labels
+from emoe_med.data.grid import box_grid, resample
 from emoe_med.data.manifest import Scan
-from emoe_med.data.register import box_grid, resample
 from emoe_med.data.volume import read_volume
 from emoe_med.errors import ConfigError, Fault
 

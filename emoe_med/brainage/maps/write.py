@@ -14,7 +14,7 @@ import pandas as pd
 from emoe_med.brainage.maps.background import Background
 from emoe_med.brainage.maps.cells import CellGrid
 from emoe_med.brainage.maps.routes import Routes
-from emoe_med.data.register import box_grid
+from emoe_med.data.grid import box_grid
 from emoe_med.data.volume import write_volume
 from emoe_med.training.allow_list import MAP_FILE
 from emoe_med.training.run_folder import replace_file

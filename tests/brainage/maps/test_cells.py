@@ -11,7 +11,7 @@ from emoe_med.brainage.maps.routes import Routes
 from emoe_med.brainage.maps.write import Map, entropy, group_maps, margin, write_maps
 from emoe_med.brainage.net import BrainAgeNet
 from emoe_med.config import BrainAgeConfig, ModelConfig, MoEConfig
-from emoe_med.data.register import box_grid
+from emoe_med.data.grid import box_grid
 from emoe_med.errors import ConfigError
 from emoe_med.models.heads import TrainingAges
 

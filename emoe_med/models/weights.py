@@ -25,7 +25,8 @@ from emoe_med.models.state import axis_size, check_tensors
 from emoe_med.models.vit import Mlp, ViT, ViTOptions, copy_mlp, resized_positions
 from emoe_med.moe import EigenOptions, EigenRouter, MLPExperts, MLPOptions, MoELayer, load_published
 
-# Hugging Face's names (transformers 4, as files on its hub have them) and timm's
+# Hugging Face's names (transformers 4, as files on its hub have them) and timm's. Its layer norms add 1e-12 to the
+# variance where timm and `vit.py` add 1e-6: nothing to activations of order one.
 _HUGGING_FACE = (
     (r"(?:vit\.)?embeddings\.cls_token", "cls_token"),
     (r"(?:vit\.)?embeddings\.position_embeddings", "pos_embed"),

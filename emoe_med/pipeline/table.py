@@ -24,7 +24,6 @@ from emoe_med.training.paired import (
     holm,
 )
 
-MIN_SEEDS = 2  # the p value of a single seed says nothing about another one
 WINNER_SEEDS = 3  # two tell so little of the scatter of training that one arm in seven would win by it alone
 ALPHA = 0.05
 

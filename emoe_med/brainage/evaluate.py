@@ -262,7 +262,8 @@ def gate_report(
     its curve in years, too.
     """
     table = cohort.table().assign(age=[scan.age for scan in cohort.manifest.scans])
-    first = first_sessions(table.iloc[indices])
+    # mixed: a manifest may be sorted by age, and the experts of another one of the batch would follow it
+    first = first_sessions(table.iloc[indices]).sample(frac=1, random_state=0)
     persons = first["participant_id"].to_numpy()
     counts = list(bootstrap.counts(persons))
 

@@ -4,7 +4,8 @@ Every draw of a sample comes from its own key, so that neither batch order nor w
 on the CPU, where which samples an operation concerns is known without waiting for a GPU.
 
 Sources: crops and flips, He et al. 2016; RandAugment, Cubuk et al. 2020, arXiv 1909.13719 (without equalise and
-invert); mixup, arXiv 1710.09412; CutMix, arXiv 1905.04899; random erasing, arXiv 1708.04896.
+invert; the sign of each change at random); mixup, arXiv 1710.09412; CutMix, arXiv 1905.04899; random erasing, arXiv
+1708.04896.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def augment(
         std: [C].
     """
     draws = iter(_draws(keys, DRAWS + 2 * options.operations).T)
-    chosen = [(next(draws), 2 * next(draws) - 1) for _ in range(options.operations)]
+    chosen = [(next(draws), torch.where(next(draws) < 0.5, -1.0, 1.0)) for _ in range(options.operations)]
     x = images.float() / 255
     for which, strength in chosen:
         x = _recoloured(x, which, strength * options.magnitude / 10)

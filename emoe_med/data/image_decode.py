@@ -24,13 +24,13 @@ def decode(data: bytes, where: str, size: int, channels: int = 3) -> Tensor:
         data: The file.
         where: Named in a refusal.
         size: Edge S of the result.
-        channels: 3 for RGB, from grey, palette and CMYK pictures too; 1 for grey.
+        channels: 3 for RGB, from grey (of 16 bits too), palette and CMYK pictures; 1 for grey.
 
     Returns:
         [C, S, S] uint8.
 
     Raises:
-        DataError: IMG-DECODE, no whole picture; IMG-SIZE, too large a one.
+        DataError: IMG-DECODE, no whole picture, or pixels of 32 bits, whose white nobody knows; IMG-SIZE, too large.
     """
     try:
         with warnings.catch_warnings():
@@ -41,10 +41,19 @@ def decode(data: bytes, where: str, size: int, channels: int = 3) -> Tensor:
                     raise DataError(Fault("IMG-SIZE", f"is {width} x {height} pixels", where))
                 # a JPEG far larger than needed is decoded at half or less, to at least twice the size
                 image.draft(None, (2 * size, 2 * size))
-                return to_square(image.convert("RGB" if channels == 3 else "L"), size)
+                return to_square(_eight_bits(image).convert("RGB" if channels == 3 else "L"), size)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = "is no picture" if isinstance(error, Image.UnidentifiedImageError) else f"is damaged ({error})"
         raise DataError(Fault("IMG-DECODE", reason, where, hint="copy it again, or leave it out")) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return a picture of 16-bit grey in 8 bits; Pillow's own conversion would cut all above 255 off."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image, np.uint16) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode}: save it with 8 or 16 bits")
+    return image
 
 
 def to_square(image: Image.Image, size: int) -> Tensor:

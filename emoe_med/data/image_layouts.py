@@ -127,10 +127,11 @@ def test_folders(root: Path, classes: Sequence[str]) -> Files:
     """
     tree, base = _find(root, "train", "val", "test")
     if base is not None:
-        parts = _labelled(tree, base, classes)
-        return parts.get("test") or parts["val"]
-    inside = tree.folders()
-    found = _by_class(tree, inside[0] if len(inside) == 1 and inside[0] not in classes else "", classes)
+        parts = [part for _, part in sorted(_labelled(tree, base, classes).items()) if part.paths]  # test, then val
+        found = parts[0] if parts else Files(tree, [], np.empty(0, np.int64))
+    else:
+        inside = tree.folders()
+        found = _by_class(tree, inside[0] if len(inside) == 1 and inside[0] not in classes else "", classes)
     if not found.paths:
         raise _layout(tree, "there is neither val/ nor test/ nor <class>/ with images")
     return found

@@ -93,7 +93,8 @@ class ResNet(nn.Module):
         """As every module; a norm whose scale is held keeps its statistics too, or it would go on learning by them."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+            # also SyncBatchNorm, which several GPUs put in its place
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
                 module.eval()
         return self
 

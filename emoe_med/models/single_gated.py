@@ -21,6 +21,7 @@ from emoe_med.models.output import ModelOutput
 from emoe_med.moe import MoELayer, Routing
 
 STARTS = 4  # of k-means; the best of them counts
+CLUSTERED = 100_000  # samples at most, drawn at random: all of ImageNet's would take tens of GiB, in every rank
 
 
 class Staged(Protocol):
@@ -98,6 +99,8 @@ class ClusterGate(nn.Linear):
         The nearest of several centroids is linear in the features. With a spread s^2 of one feature within a cluster,
         softmax(features . c / s^2 - |c|^2 / 2 s^2) is the posterior of the equal Gaussians that k-means stands for.
         """
+        if len(features) > CLUSTERED:
+            features = features[np.random.default_rng(seed).choice(len(features), CLUSTERED, replace=False)]
         with threadpool_limits(1):  # sums in another order would be other centroids
             found = KMeans(num_experts, n_init=STARTS, random_state=seed).fit(features.astype(np.float64))
         gate = cls(features.shape[1], num_experts)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
 from emoe_med.errors import ConfigError, EmoeError, Fault
 from emoe_med.training.task import MapDataset
@@ -70,6 +70,16 @@ class ResumableSampler(Sampler[list[int]]):
         for batch in range(self.cursor, len(self)):
             piece = order[batch * joint : (batch + 1) * joint]
             yield piece[self.rank * self.batch_size :][: self.batch_size]
+
+
+def mixed(data: MapDataset) -> Subset[Any]:
+    """Return the samples in an order drawn at random, the same for every set of this length.
+
+    For evaluation in batches: a listing is sorted by class, and in a batch of one class an expert's capacity, or the
+    experts of another sample of the batch, would follow the label.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    return Subset(data, order.tolist())  # ty: ignore[invalid-argument-type]
 
 
 def make_loader(

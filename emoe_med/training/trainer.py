@@ -20,7 +20,7 @@ from emoe_med.config import TrainingConfig
 from emoe_med.errors import DivergedError, Fault
 from emoe_med.moe import StepSums
 from emoe_med.training import optim, runtime
-from emoe_med.training.loader import ResumableSampler, augmentation_keys, make_loader, read_batches
+from emoe_med.training.loader import ResumableSampler, augmentation_keys, make_loader, mixed, read_batches
 from emoe_med.training.pictures import Picture
 from emoe_med.training.ranks import Machine
 from emoe_med.training.task import Batch, Record, Task
@@ -57,7 +57,7 @@ class Trainer:
             len(task.train_data), config.batch_size, config.seed, config.accumulate, machine.rank, ranks
         )
         self._train_loader = make_loader(task.train_data, self.sampler, config.workers, pin_memory=on_cuda)
-        self._val_loader = make_loader(task.val_data, config.batch_size, config.workers, pin_memory=on_cuda)
+        self._val_loader = make_loader(mixed(task.val_data), config.batch_size, config.workers, pin_memory=on_cuda)
         model = task.build_model().to(machine.device)
         if on_cuda and ranks > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

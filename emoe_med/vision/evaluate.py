@@ -28,7 +28,7 @@ from emoe_med.training.channel_report import describe_channels
 from emoe_med.training.checkpoint import CheckpointFolder, load_model_weights
 from emoe_med.training.gate_report import describe_gate
 from emoe_med.training.journal import read_journal
-from emoe_med.training.loader import make_loader, read_batches
+from emoe_med.training.loader import make_loader, mixed, read_batches
 from emoe_med.training.routing_report import describe_routing
 from emoe_med.training.run_folder import replace_file
 from emoe_med.training.task import MapDataset
@@ -68,17 +68,17 @@ class TrainedClassifier:
 
     @torch.no_grad()
     def outputs(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], ModelOutput]]:
-        """Yield the collated batches of a data set with the network's output, in the run's precision."""
+        """Yield the collated batches of a data set, as `inputs` has them, with the output in the run's precision."""
         for batch, image in self.inputs(data):
             with self._autocast():
                 yield batch, self.net(image)
 
     @torch.no_grad()
-    def features(self, data: MapDataset) -> Iterator[dict[str, Tensor]]:
-        """Yield what the head could see of each batch [B, F] by kind, in the run's precision."""
-        for _, image in self.inputs(data):
+    def features(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Yield the collated batches, as `inputs` has them, with what the head could see [B, F] by kind."""
+        for batch, image in self.inputs(data):
             with self._autocast():
-                yield self.net.probed(image)
+                yield batch, self.net.probed(image)
 
     @property
     def device(self) -> torch.device:
@@ -92,9 +92,9 @@ class TrainedClassifier:
         return isinstance(self.net, SingleGated) or any(layer.router.num_experts > 1 for layer in layers)
 
     def inputs(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Yield the collated batches of a data set with the images that the network sees."""
+        """Yield the collated batches of a data set, in mixed order, with the images that the network sees."""
         options = self.config.training
-        for batch in read_batches(make_loader(data, options.batch_size, options.workers)):
+        for batch in read_batches(make_loader(mixed(data), options.batch_size, options.workers)):
             pixels = batch["image"].to(self.device)
             yield batch, seen_image(pixels, self.config.model.image_size, self.meta)
 
@@ -107,8 +107,8 @@ def predict(model: TrainedClassifier, data: MapDataset) -> pd.DataFrame:
     """Classify the images of a data set.
 
     Returns:
-        Columns row, label, predicted, p (probability of the predicted class), and rank (place of the label among
-        the outputs, 0 where it is predicted).
+        Columns row (in rising order), label, predicted, p (probability of the predicted class), and rank (place of the
+        label among the outputs, 0 where it is predicted).
     """
     parts = []
     for batch, out in model.outputs(data):
@@ -117,7 +117,7 @@ def predict(model: TrainedClassifier, data: MapDataset) -> pd.DataFrame:
         found = {"predicted": logits.argmax(1), "p": p, "rank": rank_of_label(logits, label)}
         columns = {"row": batch["row"], "label": batch["label"], **found}
         parts.append(pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()}))
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(parts).sort_values("row", ignore_index=True)
 
 
 def evaluate_run(run_dir: Path, train: ImageDataset, test: ImageDataset, val: np.ndarray) -> dict[str, Any]:

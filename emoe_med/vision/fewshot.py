@@ -18,9 +18,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Subset
 
-from emoe_med.data.image_layouts import Files, Listing, Pixels
+from emoe_med.data.image_layouts import Files, Listing, Pixels, contents
 from emoe_med.data.images import DATASETS, ImageDataset, list_images, split
 from emoe_med.errors import DataError, Fault
+from emoe_med.training.arm import check_same
 from emoe_med.training.paired import estimate_of_draws
 from emoe_med.training.run_folder import replace_file
 from emoe_med.training.task import MapDataset
@@ -37,9 +38,9 @@ def fewshot(
 ) -> tuple[dict[str, Any], Path]:
     """Probe a run's features by ridge, logistic regression and class means, and write `fewshot/<dataset>.json`.
 
-    Other numbers of shots that the file has stay in it, and so do more draws than these. On the run's own data set
-    the supports and those that choose the penalty are images that it never learned from or was selected on, as long
-    as there are enough; its features have seen labels of the same classes even so.
+    What the file has of the same images stays in it: other numbers of shots, and more draws than these. On the run's
+    own data set the supports and those that choose the penalty are images that it never learned from or was selected
+    on, as long as there are enough; its features have seen labels of the same classes even so.
 
     Args:
         run_dir: Run folder with a trained checkpoint; its weights stay as they are.
@@ -50,10 +51,11 @@ def fewshot(
 
     Returns:
         ``{shot: {feature: {probe: {value, low, high, n, by_draw, classes}}}}`` in percent of the whole test set, and
-        the file.
+        the file, which has `contents`, the digest of the images, besides.
 
     Raises:
-        CheckpointError: The run has no usable checkpoint.
+        CheckpointError: The run has no usable checkpoint, or learned from other images of its data set than these, so
+            that those it never saw cannot be told.
         DataError: Images cannot be read, have other channels, or are too few of a class; earlier probes are damaged.
     """
     model = TrainedClassifier.load(run_dir)
@@ -61,8 +63,12 @@ def fewshot(
     if DATASETS[name].channels != model.meta["channels"]:
         raise DataError(Fault("IMG-CHANNELS", f"{name} and the run's images differ in colour"))
     listing = list_images(name, root)
+    images = {"contents": contents(listing.train, listing.test)}
+    if name == model.config.data.dataset:
+        check_same(run_dir, images)
     path = run_dir / "fewshot" / f"{name}.json"
-    before = read_back(path, lambda path: dict(json.loads(path.read_text()))) if path.is_file() else {}
+    before = read_back(path, lambda path: dict(json.loads(path.read_text()))) if path.is_file() else images
+    before = before if before.get("contents") == images["contents"] else images
     pool = _unseen(model, listing, max(shots)) if name == model.config.data.dataset else None
     wanted_draws = {shot: draws or (ONE_SHOT_DRAWS if shot == 1 else DRAWS) for shot in shots}
     chosen = {
@@ -142,12 +148,18 @@ def supports(labels: np.ndarray, shot: int, draw: int, pool: np.ndarray | None =
 
 
 def features(model: TrainedClassifier, data: MapDataset) -> dict[str, np.ndarray]:
-    """Return what the head could see of each image [n, d]: a transformer's class token, and the mean over places."""
+    """Return what the head could see of each image [n, d]: a transformer's class token, and the mean over places.
+
+    The images come in the order of their rows, whatever that of the data set.
+    """
+    rows: list[np.ndarray] = []
     parts: dict[str, list[np.ndarray]] = {}
-    for batch in model.features(data):
-        for kind, found in batch.items():
+    for batch, kinds in model.features(data):
+        rows.append(batch["row"].numpy())
+        for kind, found in kinds.items():
             parts.setdefault(kind, []).append(found.double().cpu().numpy())
-    return {kind: np.concatenate(found) for kind, found in parts.items()}
+    order = np.argsort(np.concatenate(rows))
+    return {kind: np.concatenate(found)[order] for kind, found in parts.items()}
 
 
 class Ridge:

@@ -16,6 +16,7 @@ from scipy.stats import entropy
 from emoe_med.data.image_layouts import Listing, contents
 from emoe_med.data.images import ImageDataset, list_images
 from emoe_med.errors import ConfigError, Fault
+from emoe_med.models.vit import ViT
 from emoe_med.training.arm import check_same
 from emoe_med.training.run_folder import replace_file
 from emoe_med.training.task import MapDataset
@@ -67,15 +68,17 @@ def write_heatmap(run_dir: Path, model: TrainedClassifier, listing: Listing) -> 
 
 
 def expert_class_counts(model: TrainedClassifier, data: MapDataset) -> dict[str, np.ndarray]:
-    """Count served patches [E, C] by expert and label, for each routed layer."""
-    classes = len(model.meta["classes"])
+    """Count served patches [E, C] by expert and label, for each routed layer; class token and registers are none."""
+    classes, net = len(model.meta["classes"]), model.net
+    prefix = net.options.prefix if isinstance(net, ViT) else 0
     counts: dict[str, np.ndarray] = {}
     for batch, out in model.outputs(data):
         for name, routing in out.routing.items():
-            experts = routing.probs.shape[1]
-            label = batch["label"].repeat_interleave(len(routing.gate) // len(batch["label"]))
+            experts, routed = routing.probs.shape[1], out.token_mask[name].cpu()
+            patch = (torch.arange(routed.shape[1]) >= prefix).expand_as(routed)[routed]
+            label = batch["label"].unsqueeze(1).expand_as(routed)[routed]
             pairs = routing.expert_index.cpu() * classes + label.unsqueeze(1)
-            served = pairs[(routing.gate > 0).cpu()]
+            served = pairs[(routing.gate > 0).cpu() & patch.unsqueeze(1)]
             found = torch.bincount(served, minlength=experts * classes).view(experts, classes).numpy()
             counts[name] = counts.get(name, 0) + found
     return counts

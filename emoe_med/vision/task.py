@@ -156,7 +156,11 @@ def seen_image(pixels: Tensor, size: int, meta: Mapping[str, Any]) -> Tensor:
 
 
 def rank_of_label(logits: Tensor, label: Tensor) -> Tensor:
-    """Return the place of the label among the logits [B, O], 0 where it is the first; of equal ones the lower first."""
+    """Return the place of the label among the logits [B, O], 0 where it is the first; of equal ones the lower first.
+
+    Among logits that are no numbers it is the last.
+    """
     own = logits.gather(1, label.unsqueeze(1))
-    earlier = torch.arange(logits.shape[1], device=logits.device) < label.unsqueeze(1)
-    return ((logits > own) | ((logits == own) & earlier)).sum(1)
+    place = torch.arange(logits.shape[1], device=logits.device)
+    behind = (logits < own) | ((logits == own) & (place > label.unsqueeze(1)))
+    return (~behind & (place != label.unsqueeze(1))).sum(1)

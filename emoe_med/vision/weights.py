@@ -63,5 +63,7 @@ def _resnet(weights: ViTWeights, source: Path) -> str:
     options, classes = ResNetOptions.of(found), axis_size(found, "fc.bias")
     with torch.device("meta"):
         own = ResNet(classes or 1, options).state_dict()
+    # files of before torch 0.4.1, torchvision's among them, do not have these; nothing is computed from them
+    found.update({name: torch.tensor(0) for name in own if name.endswith(".num_batches_tracked") and name not in found})
     check_tensors(found, {name: t.shape for name, t in own.items() if classes or not name.startswith("fc.")}, source)
     return f"ResNet-{options.depth}, width {options.width:g}, inner {options.inner:g}, {classes or 'no'} classes"

@@ -117,7 +117,17 @@ def test_flat_images_to_score_are_labelled_by_their_ground_truth(tmp_path):
     assert list_test("imagenet", root, CLASSES).labels.tolist() == ORDER
 
 
-@pytest.mark.parametrize("files", [{}, {"a.txt": b""}, FLAT, train_files()], ids=["none", "text", "flat", "train"])
+def test_an_empty_test_folder_does_not_hide_the_images_of_val(tmp_path):
+    files = {f"val/{CLASSES[1]}/0.JPEG": picture(shade(1)), f"test/{CLASSES[1]}/0.avif": b"x"}
+    assert list_test("imagenet", write(tmp_path, files), CLASSES).labels.tolist() == [1]
+
+
+UNREAD = {f"val/{CLASSES[0]}/0.avif": b"x", f"test/{CLASSES[1]}/0.npy": b"x"}
+
+
+@pytest.mark.parametrize(
+    "files", [{}, {"a.txt": b""}, FLAT, train_files(), UNREAD], ids=["none", "text", "flat", "train", "unread"]
+)
 def test_nothing_to_score_is_one_line(tmp_path, files):
     with pytest.raises(DataError, match=r"IMG-LAYOUT.*neither val/ nor test/") as refused:
         list_test("imagenet", write(tmp_path, files), CLASSES)

@@ -215,7 +215,6 @@ def test_a_missing_root_is_one_line(tmp_path, monkeypatch):
         ("RGBA", "PNG", (9, 8, 7, 128)),
         ("P", "GIF", 3),
         ("1", "PNG", 1),
-        ("I;16", "PNG", 700),
     ],
 )
 def test_every_colour_model_becomes_rgb(mode, kind, color):
@@ -225,6 +224,22 @@ def test_every_colour_model_becomes_rgb(mode, kind, color):
     expected = torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
     assert (found.float() - expected[:, 2:10, 2:10].float()).abs().max() <= 1
     assert decode(data, "x", 8, channels=1).shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_of_sixteen_bits_keeps_its_shades(channels):
+    data = io.BytesIO()
+    Image.fromarray(np.array([[0, 300], [20_000, 65_535]], np.uint16)).save(data, "PNG")
+    found = decode(data.getvalue(), "x", 2, channels)
+    assert found.flatten(1).tolist() == [[0, 1, 78, 255]] * channels
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_without_a_known_white_are_refused(kind):
+    data = io.BytesIO()
+    Image.fromarray(np.ones((4, 4), kind)).save(data, "TIFF")
+    with pytest.raises(DataError, match=r"IMG-DECODE.*8 or 16 bits"):
+        decode(data.getvalue(), "x", 2)
 
 
 def test_the_middle_square_is_cut():

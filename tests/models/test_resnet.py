@@ -85,11 +85,17 @@ def test_weights_of_another_width_are_refused_and_another_head_starts_anew(tmp_p
         ResNetOptions(width=0.001)
 
 
-def test_a_norm_that_is_held_keeps_its_statistics():
+@pytest.mark.parametrize("norms", [lambda net: net, torch.nn.SyncBatchNorm.convert_sync_batchnorm])
+def test_a_norm_that_is_held_keeps_its_statistics(norms):
     net = ResNet(4, SMALL)
     for parameter in net.layer1.parameters():
         parameter.requires_grad_(False)
+    net = norms(net)
     held, learns = (net.get_submodule(f"{layer}.0.bn1").running_mean.clone() for layer in ("layer1", "layer2"))
-    net.train()(torch.randn(4, 3, 16, 16) + 3)
+    net.train()
+    assert [part[0].bn1.training for part in net.stages] == [False, True, True, True]
+    if isinstance(net.bn1, torch.nn.SyncBatchNorm):
+        return  # runs on GPUs alone
+    net(torch.randn(4, 3, 16, 16) + 3)
     assert torch.equal(net.layer1[0].bn1.running_mean, held)
     assert not torch.equal(net.layer2[0].bn1.running_mean, learns)

@@ -11,6 +11,7 @@ from emoe_med.training.loader import (
     augmentation_keys,
     derived_seed,
     make_loader,
+    mixed,
     read_batches,
 )
 
@@ -103,6 +104,15 @@ def test_batches_come_in_the_sampler_s_order_whatever_the_workers(workers):
         batches = list(read_batches(loader))
         assert [batch["row"].tolist() for batch in batches] == expected
         assert all((batch["pid"] == os.getpid()).all() == (workers == 0) for batch in batches)
+
+
+def test_evaluation_reads_a_sorted_listing_mixed_and_whole():
+    label = torch.arange(400) // 100  # a listing by class
+    order = [sample["row"] - 2 for sample in (mixed(Rows(400))[i] for i in range(400))]
+    assert sorted(order) == list(range(400))
+    assert order == [sample["row"] - 2 for sample in (mixed(Rows(400))[i] for i in range(400))]
+    batches = label[order].view(10, 40)
+    assert all(len(batch.unique()) == 4 for batch in batches)
 
 
 def test_fetching_ahead_does_not_move_the_cursor():

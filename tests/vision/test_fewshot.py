@@ -9,6 +9,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from emoe_med.data.image_layouts import Listing, Pixels
 from emoe_med.data.images import split
 from emoe_med.errors import DataError
+from emoe_med.models.vit import ViT, ViTOptions
 from emoe_med.moe.router import Routing
 from emoe_med.vision.fewshot import PENALTIES, Logistic, Ridge, _unseen, nearest_mean, penalty_of, supports
 from emoe_med.vision.heatmap import describe, expert_class_counts
@@ -91,19 +92,34 @@ def test_the_penalty_is_chosen_on_held_out_images_and_of_equals_it_is_the_larges
 
 
 class Counted:
-    """Two images of two patches each, of the classes 1 and 0; each patch goes to two experts, one has no slot left."""
+    """Two images of two patches each, of the classes 1 and 0; each patch goes to two experts, one has no slot left.
+
+    With a class token it is routed first, to the experts 0 and 1.
+    """
+
+    def __init__(self, class_token=False):
+        self.token = class_token
+        self.net = ViT(2, ViTOptions((2, 4), 2, width=4, depth=1, heads=1, class_token=class_token, pool="mean"))
 
     meta = MappingProxyType({"classes": ["a", "b"]})
 
     def outputs(self, data):
         index = torch.tensor([[0, 1], [2, 1], [2, 0], [1, 0]])
         gate = torch.tensor([[0.6, 0.4], [0.5, 0.5], [0.7, 0.3], [0.9, 0.0]])
-        routing = Routing(index, gate, torch.full((4, 3), 1 / 3), torch.zeros(()))
-        yield {"label": torch.tensor([1, 0])}, SimpleNamespace(routing={"block0": routing})
+        if self.token:
+            index, gate = (
+                torch.cat([torch.tensor([[token]]).expand(2, 1, 2), part.view(2, 2, 2)], 1).flatten(0, 1)
+                for token, part in ((0, index), (1.0, gate))
+            )
+        routing = Routing(index, gate, torch.full((len(gate), 3), 1 / 3), torch.zeros(()))
+        mask = torch.ones(2, len(gate) // 2, dtype=torch.bool)
+        found = SimpleNamespace(routing={"block0": routing}, token_mask={"block0": mask})
+        yield {"label": torch.tensor([1, 0])}, found
 
 
-def test_patches_are_counted_by_expert_and_class_of_their_image():
-    assert expert_class_counts(Counted(), None)["block0"].tolist() == [[1, 1], [1, 2], [1, 1]]
+@pytest.mark.parametrize("class_token", [False, True])
+def test_patches_are_counted_by_expert_and_class_of_their_image(class_token):
+    assert expert_class_counts(Counted(class_token), None)["block0"].tolist() == [[1, 1], [1, 2], [1, 1]]
 
 
 def test_nearest_mean_by_hand():

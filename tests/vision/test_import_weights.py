@@ -85,6 +85,8 @@ def test_a_tensor_that_is_missing_or_of_another_rank_is_refused(tmp_path, state)
         for changed in (None, tensor.flatten()[:0], tensor.flatten()[0].clone(), tensor[None].clone()):
             if changed is not None and changed.shape == tensor.shape:
                 continue
+            if changed is None and name.endswith("num_batches_tracked"):
+                continue  # torchvision's files have none
             save_file(rest if changed is None else {**rest, name: changed}, source)
             with pytest.raises(CheckpointError) as caught:
                 import_file(source, ours, None, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))

@@ -177,7 +177,7 @@ def test_probes_and_heat_map_of_a_run(trained):
     run_dir = trained / "tiny_emoe" / "seed0"
     assert "1-shot" in run("fewshot", "--run", run_dir, "--shots", "1,5", "--draws", 5).output
     report = json.loads((run_dir / "fewshot" / "digits.json").read_text())
-    assert set(report) == {"1", "5"}
+    assert set(report) == {"contents", "1", "5"}
     assert set(report["5"]) == {"token", "mean"}
     assert set(report["5"]["mean"]) == {"ridge", "logistic", "nearest_mean"}
     for probe in ("ridge", "logistic"):
@@ -189,12 +189,20 @@ def test_probes_and_heat_map_of_a_run(trained):
     assert again["5"] == report["5"]  # more draws stay
     assert again["2"]["mean"]["ridge"]["low"] is None  # an interval of two draws would look precise
     path = run_dir / "fewshot" / "digits.json"
+    path.write_text(json.dumps({**again, "contents": "of other images"}))
+    run("fewshot", "--run", run_dir, "--shots", "2", "--draws", 2)
+    assert json.loads(path.read_text()) == {key: again[key] for key in ("contents", "2")}
     path.write_text("{")
     assert "RUN-METRICS" in run("fewshot", "--run", run_dir, "--shots", "2", "--draws", 2, code=3).output
     path.write_text(json.dumps(again))
     for shots in ("a", "0", "0,5", "²"):
         assert "CLI-NUMBERS" in run("fewshot", "--run", run_dir, "--shots", shots, code=2).output
     assert "IMG-SHOTS" in run("fewshot", "--run", run_dir, "--shots", "200", code=3).output
+    environment = run_dir / "environment.json"
+    as_it_was = environment.read_text()
+    environment.write_text(json.dumps({**json.loads(as_it_was), "contents": "other images"}))
+    assert "CKPT-OTHER" in run("fewshot", "--run", run_dir, "--shots", "2", code=4).output
+    environment.write_text(as_it_was)
     assert "block1" in run("heatmap", "--run", run_dir).output
     folder = run_dir / "expert_maps"
     table = pd.read_csv(folder / "expert_class.csv")

@@ -22,6 +22,12 @@ def test_equal_outputs_do_not_count_as_right():
     assert rank_of_label(torch.zeros(4, 4), torch.arange(4)).tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("broken", [float("nan"), [0.0, 1.0, float("nan"), 2.0]])
+def test_outputs_that_are_no_numbers_are_not_right(broken):
+    logits = torch.zeros(1, 4) + torch.tensor(broken)
+    assert rank_of_label(logits, torch.tensor([2])).tolist() == [3]
+
+
 def test_the_interval_is_the_bootstrap_of_the_mean():
     values = np.array([0.0] * 30 + [100.0] * 70)
     found = mean_estimate(values, 20_000)

@@ -69,11 +69,12 @@ def test_routing_is_told_as_that_of_any_layer(metrics, trained):
     model = TrainedClassifier.load(trained)
     listing = list_images("digits", None)
     model.net.tau = None
-    sent = [out.routing["gate"].expert_index[:, 0] for _, out in model.outputs(ImageDataset(listing.test, 8, 1))]
-    assert gate["nmi"] == pytest.approx(normalized_mutual_info_score(np.concatenate(sent), listing.test.labels))
+    data = ImageDataset(listing.test, 8, 1)
+    sent = [(out.routing["gate"].expert_index[:, 0], batch["label"]) for batch, out in model.outputs(data)]
+    assert gate["nmi"] == pytest.approx(normalized_mutual_info_score(*map(np.concatenate, zip(*sent, strict=True))))
     table = pd.read_csv(trained / "predictions" / "test.csv")
-    base = [model.net.base(image).output.argmax(1) for _, image in model.inputs(ImageDataset(listing.test, 8, 1))]
-    lost = 100 * (np.mean(table["rank"] == 0) - np.mean(np.concatenate(base) == listing.test.labels))
+    base = [model.net.base(image).output.argmax(1) == batch["label"] for batch, image in model.inputs(data)]
+    lost = 100 * (np.mean(table["rank"] == 0) - np.mean(np.concatenate(base)))
     assert gate["error_without_branch"]["value"] == pytest.approx(lost)
     assert gate["error_permuted_routing"]["n"] == len(table)
 

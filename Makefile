@@ -50,7 +50,7 @@ browser:
 	command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; }
 
 clean:
-	rm -rf .venv demo runs
+	rm -rf .venv demo
 
 .venv/.installed: requirements.lock pyproject.toml
 	$(PY) -m venv .venv

@@ -87,6 +87,10 @@ def _executor(submit: Literal["slurm", "local"] | None, options: list[str], jobs
         from emoe_med.pipeline.cluster import Cluster
 
         return Cluster(submit, folder / "local" / "submitit", options)
+    if options:
+        from emoe_med.errors import ConfigError, Fault
+
+        raise ConfigError(Fault("CLI-CLUSTER", "--cluster without --submit: there is no cluster to tell"))
     from emoe_med.pipeline.pool import Pool, visible_gpus
 
     return Pool(jobs, visible_gpus())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,8 @@ from emoe_med.training.run_folder import replace_file
 
 POLL_S = 5.0
 FAILED = 1  # exit code of a job that the cluster ended
+LOCAL_MIN = 7 * 24 * 60  # nothing limits a process on this machine
+REQUEUES = 1000  # a run goes on from its checkpoint however often its time is up; submitit would give up after 3
 
 
 @dataclass
@@ -48,7 +51,8 @@ class Cluster:
         processes: That a job may start: its CPUs.
 
     Raises:
-        ConfigError: submitit is not installed, or an option is not of the form key=value.
+        ConfigError: submitit is not installed, an option is not of the form key=value, unknown or of another type, or
+            there is no SLURM, or it is not told how long a run may take.
     """
 
     def __init__(self, kind: Literal["slurm", "local"], folder: Path, options: Sequence[str] = ()) -> None:
@@ -61,22 +65,29 @@ class Cluster:
         self._numbers = self._folder / "jobs.json"
         self._sent: dict[str, Any] = {}
         self._job = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[kind]
-        self._executor = submitit.AutoExecutor(folder=self._folder, cluster=kind)
-        asked = _options(options)
-        self._executor.update_parameters(**asked)
-        self.processes = int(asked.get("cpus_per_task", 1))
+        asked = {**({"timeout_min": LOCAL_MIN} if kind == "local" else {}), **_options(options)}
+        if not {"timeout_min", "slurm_time"} & asked.keys():
+            hint = "--cluster timeout_min=1440; submitit would give 5"
+            raise ConfigError(Fault("CLI-CLUSTER", "say how long a run may take, in minutes", hint=hint))
+        again = {"slurm_max_num_timeout": REQUEUES} if kind == "slurm" else {}
+        with _refused():
+            self._executor = submitit.AutoExecutor(folder=self._folder, cluster=kind, **again)
+            self._executor.update_parameters(**asked)
+            self.processes = int(asked.get("cpus_per_task", 1))
 
     def run(self, works: Sequence[Work], on_end: OnEnd) -> None:
         """Submit all of it, unless it is queued or running already, and wait.
 
         Raises:
+            ConfigError: The cluster refuses a job; those before it go on.
             Interrupted: Ctrl-C; the jobs go on, and starting again waits for them.
         """
         start = time.monotonic()
         jobs = self._sent = {**self._remembered(), **self._sent}
         for work in works:
             if work.key not in jobs or jobs[work.key].done():
-                jobs[work.key] = self._executor.submit(Submitted(work.call))
+                with _refused():
+                    jobs[work.key] = self._executor.submit(Submitted(work.call))
                 self._remember(jobs)
         waiting = {work.key: work for work in works}
         try:
@@ -115,5 +126,18 @@ def _options(texts: Sequence[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
             raise ConfigError(Fault("CLI-CLUSTER", f"--cluster {text}: expected key=value, as timeout_min=600"))
-        found[key] = yaml.safe_load(value)
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(Fault("CLI-CLUSTER", f"--cluster {text}: no value of YAML")) from error
     return found
+
+
+@contextmanager
+def _refused() -> Generator[None]:
+    """Tell in one line what submitit or the cluster refuses."""
+    try:
+        yield
+    except (RuntimeError, NameError, AssertionError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(Fault("PIPE-SUBMIT", reason, hint="see --cluster in docs/clusters.md")) from error

@@ -113,11 +113,14 @@ def remarks(pipeline: Pipeline, jobs: Sequence[Job], columns: Sequence[ColumnOfC
     found = [f"Run here: {counted_states(jobs, out)}; {'; '.join(units)}."]
     if any(cell.difference for part in columns for cell in part.cells):
         found.append(
-            "Differences are paired on the seeds and samples that both have; p is two-sided, corrected for the number "
-            "of arms. An interval from one seed says nothing about another one; one from two or three is too narrow "
-            "where seeds differ by more than samples do. Bold: arms whose difference to their control is clear of 0 "
-            "after correction, on three seeds or more; no bold, no winner."
+            "Differences are paired on the seeds and samples that both have; p is two-sided, the larger of that over "
+            "seeds and samples and that of a t test over seeds alone, corrected for the number of arms. An interval "
+            "from one seed says nothing about another one; one from two or three is too narrow where seeds differ by "
+            "more than samples do. Bold: arms whose difference to their control is clear of 0 after correction, on "
+            "three seeds or more; no bold, no winner."
         )
+    if missing := [part.column.name for part in columns if not any(cell.own for cell in part.cells)]:
+        found.append(f"Measured for no run so far: {'; '.join(missing)}.")
     found += guessing(pipeline, columns)
     if any(cell.printed is not None for part in columns for cell in part.cells):
         found.append(f"† Literature, not run here: {pipeline.table.source or 'printed in the paper'}.")
@@ -150,7 +153,8 @@ def _machines(jobs: Sequence[Job], out: Path) -> list[str]:
         if state(job, out) != "done" or not path.is_file():
             continue
         environment = json.loads(path.read_text())
-        facts["commit"].add(str(environment["git_commit"] or "unknown")[:7])
+        commit = str(environment["git_commit"] or "unknown")
+        facts["commit"].add(commit[:7] + "+" * commit.endswith("+"))  # +: and changes that are not committed
         facts["torch"].add(environment["versions"]["torch"])
         facts["device"].add(environment["device"])
         seconds += seconds_spent(job, out)

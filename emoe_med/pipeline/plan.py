@@ -95,7 +95,8 @@ def plan(pipeline: Pipeline, path: Path, only: Sequence[str] = ()) -> list[Job]:
         only: Patterns as `emoe*` or `*/seed0-*`; runs of which none fits arm or label are left out.
 
     Raises:
-        ConfigError: A run file is missing or faulty, names are doubled, a row or control is no arm, nothing left.
+        ConfigError: A run file is missing or faulty, names are doubled, a row or control is no arm, a column is made by
+            no step, nothing left.
     """
     arms: dict[str, Arm] = {}
     jobs: list[tuple[int, Job]] = []
@@ -112,6 +113,7 @@ def plan(pipeline: Pipeline, path: Path, only: Sequence[str] = ()) -> list[Job]:
             faults += error.faults
     if faults:
         raise ConfigError(*faults)
+    _check_probes(pipeline, path)
     if unknown := sorted(pipeline.table.arms() - arms.keys()):
         raise ConfigError(Fault("PIPE-ARM", f"table: no run is called {', '.join(unknown)}", str(path)))
     order = sorted(jobs, key=lambda pair: (pair[0], pair[1].fold or 0))  # stable: arms as they stand in the file
@@ -119,6 +121,16 @@ def plan(pipeline: Pipeline, path: Path, only: Sequence[str] = ()) -> list[Job]:
     if not chosen:
         raise ConfigError(Fault("PIPE-ONLY", f"--only {', '.join(only)}: no run is left", str(path)))
     return chosen
+
+
+def _check_probes(pipeline: Pipeline, path: Path) -> None:
+    """Refuse a column of few-shot probes that no step makes."""
+    made = {f"{step.dataset}/{n}" for step in pipeline.steps if isinstance(step, FewShot) for n in step.shots}
+    for column in pipeline.table.columns:
+        family, *rest = column.metric.split("/")
+        if family == "fewshot" and "/".join(rest[:2]) not in made:
+            hint = f"steps: [{{verb: fewshot, dataset: {rest[0]}, shots: [{rest[1]}]}}]"
+            raise ConfigError(Fault("PIPE-STEP", f"no step makes {column.metric}", str(path), hint=hint))
 
 
 def _fits(job: Job, patterns: Sequence[str]) -> bool:
@@ -150,7 +162,7 @@ def _jobs(pipeline: Pipeline, entry: RunEntry, arm: Arm, path: Path) -> list[tup
         return [(at, Job(arm, seed, None, steps)) for at, seed in enumerate(entry.seeds)]
     count = arm.config.data.folds
     folds = range(count) if entry.folds == "all" else entry.folds
-    if max(folds) >= count or len(set(folds)) < len(folds):
+    if not folds or max(folds) >= count or len(set(folds)) < len(folds):
         raise ConfigError(Fault("PIPE-FOLDS", f"{arm.name}: folds are 0 to {count - 1}, each once", str(path)))
     return [(at, Job(arm, seed, fold, ())) for at, seed in enumerate(entry.seeds) for fold in folds]
 
@@ -181,13 +193,12 @@ class Places:
             DataError: There is none.
         """
         if self.manifest is not None:
-            return self.manifest, None
+            return _found(self.manifest, "manifest of the scans"), None
         named = self.pipeline.data.brainage
         if named is None:
             hint = "give --manifest FILE"
             raise DataError(Fault("PIPE-DATA", "this pipeline needs a manifest of scans", hint=hint))
-        path = self._root / named
-        _found(path, "manifest of the scans")
+        path = _found(self._root / named, "manifest of the scans")
         return path, path.parent
 
     def images(self, dataset: str) -> Path | None:
@@ -273,10 +284,17 @@ def steps_left(job: Job, out: Path) -> list[FewShot | HeatMap]:
     return [step for step in job.steps if not _step_done(step, out / job.folder)]
 
 
+def probes(run_dir: Path, dataset: str) -> dict[str, Any]:
+    """Return what the few-shot probes of a run on a data set left; nothing where they are damaged."""
+    try:
+        return dict(json.loads((run_dir / "fewshot" / f"{dataset}.json").read_text()))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
 def _step_done(step: FewShot | HeatMap, run_dir: Path) -> bool:
     if isinstance(step, HeatMap):
         return (run_dir / "expert_maps" / "expert_class.json").is_file()
-    path = run_dir / "fewshot" / f"{step.dataset}.json"
-    report = json.loads(path.read_text()) if path.is_file() else {}
+    report = probes(run_dir, step.dataset)
     draws = [found["n"] for shot in step.shots for by in report.get(str(shot), {}).values() for found in by.values()]
     return set(map(str, step.shots)) <= report.keys() and min(draws, default=0) >= step.draws

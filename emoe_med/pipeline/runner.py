@@ -78,8 +78,10 @@ def run_pipeline(
     folder = out / pipeline.name
     left = [job for job in jobs if state(job, out) != "done"]
     with tracked_pipeline(pipeline, jobs, out) as tracker:
-        if tracker.uri.startswith("sqlite:"):
-            os.environ["MLFLOW_TRACKING_URI"] = tracker.uri  # one store for all runs, whatever their own folder
+        if tracker.uri.startswith("sqlite:") or tracker.uri == "none":
+            os.environ["MLFLOW_TRACKING_URI"] = (
+                tracker.uri
+            )  # one store for all runs, whatever their own folder, or none
         _nest(left, out, folder, tracker.uri)
         LOG.info("%s: %d runs, %d to do", pipeline.name, len(jobs), len(left))
         for job in left:
@@ -98,14 +100,17 @@ def _nest(jobs: Sequence[Job], out: Path, folder: Path, uri: str) -> None:
     """Make the record of each arm before its runs start, so that the pipeline is its parent and the store is there."""
     for arm in {job.arm.key: job.arm for job in jobs}.values():
         wait_until_free(out / arm.folder)  # another pipeline, or a run of it that starts or ends
+        tracking = arm.config.tracking
         with Tracker(
-            out / arm.folder, out=out, experiment=arm.task, run_name=arm.name, parent=folder, uri=_own(arm, uri)
+            out / arm.folder,
+            out=out,
+            experiment=arm.task,
+            run_name=arm.name,
+            parent=folder,
+            uri=uri if tracking.mlflow else "none",
+            allow_remote=tracking.allow_remote,
         ):
             pass
-
-
-def _own(arm: Arm, uri: str) -> str:
-    return uri if arm.config.tracking.mlflow else "none"
 
 
 def _fill_caches(jobs: Sequence[Job], out: Path, places: Places, executor: Executor, folder: Path) -> None:

@@ -9,15 +9,16 @@ from functools import cache
 from pathlib import Path
 
 from emoe_med.errors import DataError, Fault
-from emoe_med.pipeline.plan import Job, Places
+from emoe_med.pipeline.plan import Job, Places, probes
+from emoe_med.pipeline.schema import FewShot
 from emoe_med.training.arm import is_done
 
 
 def check_sources(jobs: Sequence[Job], out: Path, places: Places) -> None:
-    """Refuse to let runs stand that were made from other data or weights than those that are given now.
+    """Refuse to let runs and probes stand that were made from other data or weights than those that are given now.
 
     Raises:
-        DataError: PIPE-OTHER, each such run.
+        DataError: PIPE-OTHER, each such run or file of probes.
     """
     digest = cache(_digest)  # many runs of one file; for this start alone
     faults = []
@@ -31,6 +32,14 @@ def check_sources(jobs: Sequence[Job], out: Path, places: Places) -> None:
             others = [name for name, source in sources.items() if before[name] != digest(name, *source)]
             reason = f"{job.label} was made from other {' and '.join(others)}"
             faults += [Fault("PIPE-OTHER", reason, str(folder), hint="give another --out")] if others else []
+        for dataset in sorted({step.dataset for step in job.steps if isinstance(step, FewShot)}):
+            probed = probes(folder, dataset).get("contents")
+            if probed is not None and probed != digest("contents", dataset, places.images(dataset)):
+                reason, hint = (
+                    f"{job.label} was probed on other images of {dataset}",
+                    "delete it, or give another --out",
+                )
+                faults.append(Fault("PIPE-OTHER", reason, str(folder / "fewshot" / f"{dataset}.json"), hint=hint))
     if faults:
         raise DataError(*faults)
 

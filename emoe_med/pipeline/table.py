@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from emoe_med.errors import DataError
+from emoe_med.errors import DataError, Fault
 from emoe_med.pipeline.figures import Figure, figure
 from emoe_med.pipeline.plan import Job
 from emoe_med.pipeline.schema import Column, Pipeline, Row
@@ -26,6 +26,7 @@ from emoe_med.training.paired import (
 
 WINNER_SEEDS = 3  # two tell so little of the scatter of training that one arm in seven would win by it alone
 ALPHA = 0.05
+MIXED = "its runs are of different data or splits: no figure is made of them"
 
 
 @dataclass
@@ -117,9 +118,11 @@ def _column(
         if found and row.arm is not None:
             cell.planned = len(found)
             values[row.arm] = _own(cell, shown, done[row.arm], out)
-            if done[row.arm] and cell.own is None:
+            if done[row.arm] and cell.own is None and cell.note != MIXED:
                 continue  # its runs have no such figure
         cells.append(cell)
+    for name in {cell.control for cell in cells if cell.control} - values.keys():  # a control need not be a row
+        values[name] = _own(Cell(name, name), shown, done[name], out)
     if shown.unit != "runs":
         _compare(cells, values, shown, done, out)
     for cell in cells:
@@ -135,8 +138,13 @@ def _own(cell: Cell, shown: Figure, jobs: Sequence[Job], out: Path) -> pd.DataFr
     """Fill in an arm's own figure; returns its values, seeds by samples."""
     parts: dict[int, list[pd.Series]] = {}
     guesses = []
+    try:
+        check_alike((job.fold, out / job.folder) for job in jobs)
+    except DataError:
+        cell.note = MIXED
+        jobs = []
     for job in jobs:
-        found, guess = shown.read(out / job.folder)
+        found, guess = _read(shown, out / job.folder)
         if shown.unit == "runs":
             found = found.set_axis([job.fold or 0] * len(found))
         if len(found):
@@ -154,6 +162,14 @@ def _own(cell: Cell, shown: Figure, jobs: Sequence[Job], out: Path) -> pd.DataFr
         guess, count = np.array(known).T
         cell.guess = float((guess * count).sum() / count.sum())
     return values
+
+
+def _read(shown: Figure, run_dir: Path) -> tuple[pd.Series, float | None]:
+    try:
+        return shown.read(run_dir)
+    except (ValueError, KeyError, TypeError) as error:
+        reason, hint = f"its figures are damaged ({error})", "copy them again, or train the run anew"
+        raise DataError(Fault("RUN-METRICS", reason, str(run_dir), hint=hint)) from error
 
 
 def _estimated(shown: Figure, values: np.ndarray) -> Estimate:
@@ -200,7 +216,7 @@ def as_frame(columns: Sequence[ColumnOfCells]) -> pd.DataFrame:
     """Return every cell as a line, for the CSV."""
     lines = []
     for part in columns:
-        for cell in part.cells:
+        for cell in part.cells or [Cell("", None, note="measured for no run")]:
             line: dict[str, Any] = {
                 "column": part.column.name,
                 "metric": part.column.metric,

@@ -85,7 +85,7 @@ def in_child(work: Work, environment: Mapping[str, str]) -> None:
     # loader workers start as under a verb run by hand; those of a fork server would outlive a work that is killed
     multiprocessing.set_start_method(None, force=True)
     work.log.parent.mkdir(parents=True, exist_ok=True)
-    with work.log.open("ab", buffering=0) as log:
+    with work.log.open("wb", buffering=0) as log:  # of this start alone: an old error is none of this one
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     end_with_parent()

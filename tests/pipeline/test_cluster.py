@@ -1,6 +1,7 @@
 """Work handed to submitit, by its local executor: real processes, one failure, and no job sent twice."""
 
 import json
+import shutil
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,21 @@ def test_a_preempted_job_is_queued_again_as_it_was(tmp_path):
     assert again.function is job
 
 
-def test_an_option_that_is_none_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="expected key=value"):
-        Cluster("local", tmp_path, ["timeout_min"])
+@pytest.mark.parametrize(
+    ("kind", "option", "told"),
+    [
+        ("local", "timeout_min", "CLI-CLUSTER.*expected key=value"),
+        ("local", "x=[", "CLI-CLUSTER.*no value of YAML"),
+        ("local", "gpus=1", "PIPE-SUBMIT.*gpus"),
+        ("local", "timeout_min=long", "PIPE-SUBMIT"),
+        ("slurm", "mem_gb=1", "CLI-CLUSTER.*how long"),
+        pytest.param(
+            *("slurm", "timeout_min=5", "PIPE-SUBMIT.*srun"),
+            marks=pytest.mark.skipif(shutil.which("srun") is not None, reason="SLURM is here"),
+        ),
+    ],
+)
+def test_an_option_that_cannot_be_is_one_line(tmp_path, kind, option, told):
+    with pytest.raises(ConfigError, match=told) as refused:
+        Cluster(kind, tmp_path, [option])
+    assert len(str(refused.value).splitlines()) == 1

@@ -118,10 +118,12 @@ def test_all_missing_and_faulty_run_files_are_named_at_once(tmp_path):
         ([f"{{config: {DIGITS}, folds: [0]}}"], None, "PIPE-FOLDS"),
         (["{config: configs/brainage/emoe_4mm.yaml, folds: [5]}"], None, "PIPE-FOLDS"),
         ([f"{{config: {DIGITS}, seeds: [1, 1]}}"], None, "PIPE-SEEDS"),
+        (["{config: configs/brainage/emoe_4mm.yaml, folds: []}"], None, "PIPE-FOLDS"),
         (["{config: pipelines/ermoe.yaml}"], None, "PIPE-TASK"),
         ([f"{{config: {DIGITS}, sets: []}}"], None, "CFG-KEY"),
         ([f"{{config: {DIGITS}}}"], "columns: [{name: x, metric: test/loss}]", "CFG-KEY"),
         ([f"{{config: {DIGITS}}}"], "{columns: [{name: x, metric: test/top1}], paired_with: gone}", "PIPE-ARM"),
+        ([f"{{config: {DIGITS}}}"], "columns: [{name: x, metric: fewshot/digits/1/mean/ridge}]", "PIPE-STEP"),
         (
             [f"{{config: {DIGITS}}}"],
             "{columns: [{name: x, metric: test/top1}], rows: [{name: a, printed: [1, 2]}]}",
@@ -147,6 +149,16 @@ def test_missing_data_and_weights_are_named_at_once(tmp_path, monkeypatch):
     path = ROOT / "pipelines" / "paper_brainage.yaml"
     with pytest.raises(DataError, match="give --manifest"):
         Places(read_pipeline(path)).check(planned(path))
+    with pytest.raises(DataError, match="manifest of the scans is not here"):
+        Places(read_pipeline(path), manifest=tmp_path / "typo.csv").check(planned(path))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_what_routing_is_worth_is_told_in_the_unit_of_its_task(path):
+    tasks = {job.arm.task for job in planned(path)}
+    for column in read_pipeline(path).table.columns:
+        for prefix, task in (("routing/error_", "vision"), ("routing/mae_", "brainage")):
+            assert not column.metric.startswith(prefix) or task in tasks, column.metric
 
 
 def test_commands_are_what_a_person_would_type(tmp_path):
@@ -178,8 +190,8 @@ def test_commands_are_what_a_person_would_type(tmp_path):
     ]
     assert [command[1] for command in found["adapter"]] == ["train", "fewshot"]  # one expert: nothing to map
     assert found["digits_emoe"][2][-4:] == ("--shots", "1,5", "--draws", "7")
-    elsewhere = Places(pipeline, tmp_path, Path("mine.csv"))  # --data-root is for the images then
-    assert elsewhere.scans() == (Path("mine.csv"), None)  # the verb settles the root
+    elsewhere = Places(pipeline, tmp_path, path)  # any file; --data-root is for the images then
+    assert elsewhere.scans() == (path, None)  # the verb settles the root
 
 
 @pytest.mark.parametrize("path", [path for path in SHIPPED if path.stem.endswith("_smoke")], ids=lambda path: path.stem)

@@ -31,6 +31,7 @@ def lay_out(folder, path):
 def test_every_command_of_a_dry_run_is_one_that_its_verb_takes(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lay_out(tmp_path, path)
+    Path("mine.csv").touch()
     given = ["--out", tmp_path / "runs"]
     shown = pipeline("run", path, "--dry-run", "--data-root", tmp_path, "--manifest", "mine.csv", *given).stdout
     *lines, last = shown.splitlines()

@@ -17,6 +17,7 @@ data: {brainage: manifest.csv}
 runs:
   - {config: configs/brainage/cnn3d_4mm.yaml, folds: [0, 1]}
   - {config: configs/vision/digits_dense.yaml}
+steps: [{verb: fewshot, dataset: digits, shots: [1]}]
 table:
   paired_with: cnn3d_4mm
   columns: [{name: "MAE, years", metric: test/mae}]
@@ -39,7 +40,14 @@ def test_runs_of_other_data_are_named_before_anything_runs(tmp_path):
     finish(out / first.folder, manifest=hashlib.sha256(manifest.read_bytes()).hexdigest())
     listing = list_images("digits", None)
     finish(out / digits.folder, data=listing.digest(), contents=contents(listing.train, listing.test))
+    probes = out / digits.folder / "fewshot" / "digits.json"
+    probes.parent.mkdir()
+    probes.write_text(json.dumps({"contents": contents(listing.train, listing.test)}))
     check_sources(jobs, out, places)
+    probes.write_text(json.dumps({"contents": "other"}))
+    with pytest.raises(DataError, match="digits_dense/seed0 was probed on other images of digits"):
+        check_sources(jobs, out, places)
+    probes.unlink()
     manifest.write_text("path,age\na.nii.gz,50\nb.nii.gz,61\n")
     with pytest.raises(DataError, match="cnn3d_4mm/seed0-fold0 was made from other manifest") as refused:
         check_sources(jobs, out, places)

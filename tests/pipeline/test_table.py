@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from emoe_med.errors import ConfigError, DataError
 from emoe_med.pipeline.compare import compare
 from emoe_med.pipeline.page import lines, markdown, write_pages
 from emoe_med.pipeline.plan import plan, read_pipeline
+from emoe_med.pipeline.schema import Column
 from emoe_med.pipeline.table import make_table
 
 FILE = """
@@ -87,7 +89,7 @@ def by_row(columns):
 def test_figures_by_hand(made):
     arms = {
         "cnn3d_4mm": lambda rows, seed: -sizes(rows, seed) - seed,  # too young: the error counts without its sign
-        "emoe_4mm": lambda rows, seed: sizes(rows, seed) - 1.5,
+        "emoe_4mm": lambda rows, seed: sizes(rows, seed) - 1.5 + 0.9 * seed,
         "dense_adapter_4mm": lambda rows, seed: sizes(rows, seed) + np.where(rows % 2, 1.0, -1.0),
     }
     pipeline, jobs, out = made(arms)
@@ -96,16 +98,17 @@ def test_figures_by_hand(made):
     assert cells["Plain"].by_seed == pytest.approx({0: 4.0, 1: 5.0, 2: 6.0})
     assert (cells["Plain"].own["n"], cells["Plain"].own["seeds"]) == (40, 3)
     assert (cells["Plain"].done, cells["Plain"].planned) == (6, 6)
-    assert cells["EMoE"].own["value"] == pytest.approx(2.5)
-    assert cells["EMoE"].difference["value"] == pytest.approx(-2.5)
-    assert (cells["EMoE"].difference["low"], cells["EMoE"].difference["high"]) == pytest.approx((-3.5, -1.5))
-    assert cells["EMoE"].difference["p_holm"] == pytest.approx(2 * 2 / 2001)  # the lesser of two p, times two
+    assert cells["EMoE"].own["value"] == pytest.approx(3.4)
+    assert cells["EMoE"].difference["value"] == pytest.approx(-1.6)
+    assert (cells["EMoE"].difference["low"], cells["EMoE"].difference["high"]) == pytest.approx((-1.7, -1.5))
+    over_seeds = stats.ttest_1samp([-1.5, -1.6, -1.7], 0).pvalue  # larger than that of the bootstrap, 2 / 2001
+    assert cells["EMoE"].difference["p_holm"] == pytest.approx(2 * over_seeds)  # the lesser of two p, times two
     assert cells["EMoE"].wins
     assert not cells["Adapter"].wins
     assert cells["Plain"].guess == 10.0
     assert cells["Others"].own is None
     text = write_pages(pipeline, jobs, columns, out)
-    assert "| EMoE | **2.50 [" in text
+    assert "| EMoE | **3.40 [" in text
     assert "| Others | not run |  |  |  |  |  | 2.14 |" in text
     assert "| Retrieval | not run |" in text
     assert "not run: no image-text data |" in text
@@ -114,10 +117,10 @@ def test_figures_by_hand(made):
     assert "Every figure beats guessing" in text
     assert "commit abcdef0, torch 2, device cpu, in 0.30 hours" in text  # 18 runs of a minute
     page = (out / "some" / "report" / "report.html").read_text()
-    assert "<b>2.50 [" in page
+    assert "<b>3.40 [" in page
     assert str(out) not in page
     frame = pd.read_csv(out / "some" / "table.csv").set_index("row")
-    assert frame.loc["EMoE", "difference_value"] == -2.5
+    assert frame.loc["EMoE", "difference_value"] == -1.6
     assert frame.loc["EMoE", "printed_in_paper"] == 2.16
     assert frame.loc["Plain", "n"] == 40
 
@@ -174,6 +177,40 @@ def test_runs_of_other_data_are_not_paired(made):
     assert cells["EMoE"].difference is None
     assert cells["EMoE"].note.startswith("not paired")
     assert cells["Adapter"].difference["value"] == 0.0
+
+
+def test_runs_of_one_arm_on_different_data_are_not_pooled(made):
+    pipeline, jobs, out = made({name: sizes for name in ("cnn3d_4mm", "emoe_4mm", "dense_adapter_4mm")})
+    path = out / next(job for job in jobs if job.label == "emoe_4mm/seed1-fold0").folder / "environment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "manifest": "n" * 64}))
+    cell = by_row(make_table(pipeline, jobs, out))["EMoE"]
+    assert cell.own is None
+    assert "different data" in cell.note
+
+
+def test_a_control_need_not_be_a_row(made):
+    arms = {"cnn3d_4mm": sizes, "emoe_4mm": lambda r, s: sizes(r, s) - 1, "dense_adapter_4mm": sizes}
+    pipeline, jobs, out = made(arms)
+    rows = tuple(row for row in pipeline.table.rows if row.name != "Plain")
+    pipeline = pipeline.model_copy(update={"table": pipeline.table.model_copy(update={"rows": rows})})
+    assert by_row(make_table(pipeline, jobs, out))["EMoE"].difference["value"] == pytest.approx(-1.0)
+
+
+def test_a_column_that_no_run_has_is_told(made):
+    pipeline, jobs, out = made({name: sizes for name in ("cnn3d_4mm", "emoe_4mm", "dense_adapter_4mm")})
+    column = Column(name="Nothing", metric="routing/nonsense")
+    bare = pipeline.table.model_copy(update={"columns": (column,), "rows": ()})
+    pipeline = pipeline.model_copy(update={"table": bare})
+    text = write_pages(pipeline, jobs, make_table(pipeline, jobs, out), out)
+    assert "Measured for no run so far: Nothing." in text
+    assert pd.read_csv(out / "some" / "table.csv")["note"].tolist() == ["measured for no run"]
+
+
+def test_damaged_figures_are_named(made):
+    pipeline, jobs, out = made({name: sizes for name in ("cnn3d_4mm", "emoe_4mm", "dense_adapter_4mm")})
+    (out / jobs[0].folder / "metrics.json").write_text("{")
+    with pytest.raises(DataError, match=r"RUN-METRICS.*damaged"):
+        make_table(pipeline, jobs, out)
 
 
 def test_an_interrupted_run_is_not_used(made):

@@ -27,14 +27,12 @@ def check_sources(jobs: Sequence[Job], out: Path, places: Places) -> None:
         if is_done(folder):
             before = json.loads((folder / "environment.json").read_text())
             sources = {name: source for name, source in _sources(job, places).items() if name in before}
-            if "contents" in sources:
-                sources.pop("data", None)  # which tells less, as earlier versions did
-            others = [name for name, source in sources.items() if before[name] != digest(name, *source)]
+            others = [name for name, source in sources.items() if before[name] != digest(*source)]
             reason = f"{job.label} was made from other {' and '.join(others)}"
             faults += [Fault("PIPE-OTHER", reason, str(folder), hint="give another --out")] if others else []
         for dataset in sorted({step.dataset for step in job.steps if isinstance(step, FewShot)}):
             probed = probes(folder, dataset).get("contents")
-            if probed is not None and probed != digest("contents", dataset, places.images(dataset)):
+            if probed is not None and probed != digest(dataset, places.images(dataset)):
                 reason, hint = (
                     f"{job.label} was probed on other images of {dataset}",
                     "delete it, or give another --out",
@@ -50,16 +48,13 @@ def _sources(job: Job, places: Places) -> dict[str, tuple[str | Path, Path | Non
     if job.arm.task == "brainage":
         return {"manifest": (places.scans()[0], None)}
     weights = {} if config.model.weights is None else {"weights": (Path(config.model.weights), None)}
-    images = (config.data.dataset, places.images(config.data.dataset))
-    return {"data": images, "contents": images, **weights}
+    return {"contents": (config.data.dataset, places.images(config.data.dataset)), **weights}
 
 
-def _digest(name: str, source: str | Path, root: Path | None) -> str:
+def _digest(source: str | Path, root: Path | None) -> str:
     if isinstance(source, Path):
         with source.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    from emoe_med.data.image_layouts import contents
     from emoe_med.data.images import list_images
 
-    listing = list_images(source, root)
-    return listing.digest() if name == "data" else contents(listing.train, listing.test)
+    return list_images(source, root).contents()

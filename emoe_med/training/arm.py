@@ -103,7 +103,7 @@ def check_alike(runs: Iterable[tuple[Hashable, Path]]) -> None:
     known: dict[Hashable, object] = {}
     for fold, run_dir in runs:
         environment = json.loads((run_dir / "environment.json").read_text())
-        facts = {name: environment.get(name) for name in ("manifest", "chain", "data", "contents")}
+        facts = {name: environment.get(name) for name in ("manifest", "chain", "contents")}
         facts["splits"] = hashlib.sha256((run_dir / "splits.csv").read_bytes()).hexdigest()
         for name, value in facts.items():
             scope = (name, fold) if name == "splits" else name

@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Subset
 
-from emoe_med.data.image_layouts import Files, Listing, Pixels, contents
+from emoe_med.data.image_layouts import Files, Listing, Pixels
 from emoe_med.data.images import DATASETS, ImageDataset, list_images, split
 from emoe_med.errors import DataError, Fault
 from emoe_med.training.arm import check_same
@@ -63,7 +63,7 @@ def fewshot(
     if DATASETS[name].channels != model.meta["channels"]:
         raise DataError(Fault("IMG-CHANNELS", f"{name} and the run's images differ in colour"))
     listing = list_images(name, root)
-    images = {"contents": contents(listing.train, listing.test)}
+    images = {"contents": listing.contents()}
     if name == model.config.data.dataset:
         check_same(run_dir, images)
     path = run_dir / "fewshot" / f"{name}.json"

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from scipy.stats import entropy
 
-from emoe_med.data.image_layouts import Listing, contents
+from emoe_med.data.image_layouts import Listing
 from emoe_med.data.images import ImageDataset, list_images
 from emoe_med.errors import ConfigError, Fault
 from emoe_med.models.vit import ViT
@@ -38,7 +38,7 @@ def heatmap(run_dir: Path, root: Path | None) -> tuple[dict[str, Any], Path]:
     if not model.routes:
         raise ConfigError(Fault("HEAT-NONE", "this run chooses among no experts", str(run_dir)))
     listing = list_images(model.config.data.dataset, root)
-    check_same(run_dir, {"data": listing.digest(), "contents": contents(listing.train, listing.test)})
+    check_same(run_dir, {"contents": listing.contents()})
     return write_heatmap(run_dir, model, listing), run_dir / FOLDER
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from emoe_med.config import dump_run
-from emoe_med.data.image_layouts import Listing, contents
+from emoe_med.data.image_layouts import Listing
 from emoe_med.data.images import DATASETS, ImageDataset, list_images, split
 from emoe_med.errors import CheckpointError, ConfigError, Fault
 from emoe_med.models.normalisation import flaw
@@ -70,7 +70,7 @@ def train(
             if start is None and config.model.freeze:
                 hint = "give --set model.weights=FILE, written by import-weights"
                 raise ConfigError(Fault("CFG-FREEZE", "model.freeze without weights holds random ones", hint=hint))
-            sources = {"data": listing.digest(), "contents": contents(listing.train, listing.test)}
+            sources = {"contents": listing.contents()}
             sources |= {} if start is None else {"weights": start.sha256}
             meta = _meta(config, listing.classes, start)
             for run, run_dir in zip(runs, run_dirs, strict=True):

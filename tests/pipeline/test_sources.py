@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from emoe_med.data.image_layouts import contents
 from emoe_med.data.images import list_images
 from emoe_med.errors import DataError
 from emoe_med.pipeline.plan import Places, plan, read_pipeline
@@ -39,10 +38,10 @@ def test_runs_of_other_data_are_named_before_anything_runs(tmp_path):
     first, digits = (next(job for job in jobs if job.arm.task == task) for task in ("brainage", "vision"))
     finish(out / first.folder, manifest=hashlib.sha256(manifest.read_bytes()).hexdigest())
     listing = list_images("digits", None)
-    finish(out / digits.folder, data=listing.digest(), contents=contents(listing.train, listing.test))
+    finish(out / digits.folder, contents=listing.contents())
     probes = out / digits.folder / "fewshot" / "digits.json"
     probes.parent.mkdir()
-    probes.write_text(json.dumps({"contents": contents(listing.train, listing.test)}))
+    probes.write_text(json.dumps({"contents": listing.contents()}))
     check_sources(jobs, out, places)
     probes.write_text(json.dumps({"contents": "other"}))
     with pytest.raises(DataError, match="digits_dense/seed0 was probed on other images of digits"):

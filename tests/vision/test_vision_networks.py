@@ -10,7 +10,9 @@ import pytest
 import torch
 from command_line import typed
 from safetensors.torch import save_file
+from torch.utils.data import Subset
 
+from emoe_med.data.image_layouts import Pixels
 from emoe_med.data.images import ImageDataset, list_images
 from emoe_med.errors import Interrupted
 from emoe_med.models.resnet import ResNet, ResNetOptions
@@ -20,7 +22,8 @@ from emoe_med.training.loop import fit
 from emoe_med.training.tracking import Tracker
 from emoe_med.vision.__main__ import app
 from emoe_med.vision.config import VisionConfig
-from emoe_med.vision.evaluate import TrainedClassifier
+from emoe_med.vision.evaluate import TrainedClassifier, predict
+from emoe_med.vision.fewshot import features
 from emoe_med.vision.net import build_net
 from emoe_med.vision.task import VisionTask
 
@@ -93,6 +96,20 @@ def test_the_trained_net_is_the_one_kept(resnet):
     model = TrainedClassifier.load(resnet)
     assert model.net.options.width == 0.125
     assert np.isfinite(torch.cat([p.flatten() for p in model.net.parameters()]).detach().numpy()).all()
+
+
+def test_a_listing_by_class_is_evaluated_in_mixed_batches_and_told_in_its_order(resnet):
+    model, test = TrainedClassifier.load(resnet), list_images("digits", None).test
+    order = np.argsort(test.labels, kind="stable")
+    data = ImageDataset(Pixels(test.pixels[order], test.labels[order]), 8, 1)
+    batches = [batch["label"].unique() for batch, _ in model.inputs(data)]
+    assert min(map(len, batches[:-1])) > 3
+    table = predict(model, data)
+    assert table["row"].tolist() == list(range(len(data)))
+    assert table["label"].tolist() == np.sort(test.labels).tolist()
+    found = features(model, data)["mean"]
+    np.testing.assert_allclose(features(model, Subset(data, [250]))["mean"][0], found[250], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(found[250], found[251], rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -288,7 +288,7 @@ def probes(run_dir: Path, dataset: str) -> dict[str, Any]:
     """Return what the few-shot probes of a run on a data set left; nothing where they are damaged."""
     try:
         return dict(json.loads((run_dir / "fewshot" / f"{dataset}.json").read_text()))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, TypeError):
         return {}
 
 

@@ -79,9 +79,8 @@ def run_pipeline(
     left = [job for job in jobs if state(job, out) != "done"]
     with tracked_pipeline(pipeline, jobs, out) as tracker:
         if tracker.uri.startswith("sqlite:") or tracker.uri == "none":
-            os.environ["MLFLOW_TRACKING_URI"] = (
-                tracker.uri
-            )  # one store for all runs, whatever their own folder, or none
+            # one store for all runs, whatever their own folder, or none
+            os.environ["MLFLOW_TRACKING_URI"] = tracker.uri
         _nest(left, out, folder, tracker.uri)
         LOG.info("%s: %d runs, %d to do", pipeline.name, len(jobs), len(left))
         for job in left:

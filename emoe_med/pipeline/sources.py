@@ -33,11 +33,11 @@ def check_sources(jobs: Sequence[Job], out: Path, places: Places) -> None:
         for dataset in sorted({step.dataset for step in job.steps if isinstance(step, FewShot)}):
             probed = probes(folder, dataset).get("contents")
             if probed is not None and probed != digest(dataset, places.images(dataset)):
-                reason, hint = (
+                path, reason = (
+                    folder / "fewshot" / f"{dataset}.json",
                     f"{job.label} was probed on other images of {dataset}",
-                    "delete it, or give another --out",
                 )
-                faults.append(Fault("PIPE-OTHER", reason, str(folder / "fewshot" / f"{dataset}.json"), hint=hint))
+                faults.append(Fault("PIPE-OTHER", reason, str(path), hint="delete it, or give another --out"))
     if faults:
         raise DataError(*faults)
 

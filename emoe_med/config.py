@@ -22,6 +22,7 @@ from emoe_med.model_config import (
     SingleGatedConfig,
     TransformerConfig,
     by_kind,
+    check_epochs,
 )
 
 MAX_CONFIG_BYTES = 1_000_000
@@ -157,8 +158,8 @@ class BrainAgeConfig(Section):
 
     @model_validator(mode="after")
     def _epochs_suffice(self) -> Self:
-        if isinstance(self.model, ModelConfig) and self.model.single_gated is not None:
-            self.model.single_gated.base_epochs(self.training.epochs)
+        if isinstance(self.model, ModelConfig):
+            check_epochs(self.model.gating, self.model.single_gated, self.training.epochs)
         return self
 
     @model_validator(mode="after")

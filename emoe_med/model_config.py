@@ -195,6 +195,16 @@ class GatingConfig(Section):
         """Whether gating stands still in an epoch, counted from 0."""
         return epoch >= round(epochs * (1 - self.held_share))
 
+    def check(self, epochs: int) -> None:
+        """See that both stages have an epoch.
+
+        Raises:
+            ValueError: One has none.
+        """
+        if self.held_share and (self.holds(0, epochs) or not self.holds(epochs - 1, epochs)):
+            reason = f"training.epochs {epochs}: one of DeepMoE's two stages has none"
+            raise ValueError(f"{reason}; held_share 0 leaves the second out")
+
 
 class SingleGatedConfig(Section):
     """A gate on a frozen network and experts for its clusters; `training.epochs` are shared with the network itself."""
@@ -231,3 +241,15 @@ class SingleGatedConfig(Section):
         given = [name for name, other in others.items() if other is not None]
         if given:
             raise ValueError(f"single_gated and {given[0]}: one of them")
+
+
+def check_epochs(gating: GatingConfig | None, single_gated: SingleGatedConfig | None, epochs: int) -> None:
+    """See that every stage or phase of a run has an epoch.
+
+    Raises:
+        ValueError: One has none.
+    """
+    if gating is not None:
+        gating.check(epochs)
+    if single_gated is not None:
+        single_gated.base_epochs(epochs)

@@ -278,6 +278,7 @@ def gate_report(
         compare=lambda *pair: paired_difference(*pair, persons, bootstrap),
         score=score,
         metric="mae",
+        autocast=model.autocast,
     )
     return {"routing": {"gate": routing}, "early_exit": early_exit}
 

@@ -106,10 +106,14 @@ class TrainedModel:
         else:
             views = to_model_grid(image[None].float(), oversample)
         views = views.to(memory_format=torch.channels_last_3d)
-        low = self.config.training.precision == "bf16"
-        with pooled_features(self.net) as features, torch.autocast(device.type, torch.bfloat16, enabled=low):
+        with pooled_features(self.net) as features, self.autocast():
             ages, _ = self.net.ages(views, average and evaluation.flip_average)
         return float(ages.mean()), torch.cat(features).mean(0).cpu().numpy()
+
+    def autocast(self) -> torch.autocast:
+        """Return the precision that the run was trained in, as a context."""
+        low = self.config.training.precision == "bf16"
+        return torch.autocast(next(self.net.parameters()).device.type, torch.bfloat16, enabled=low)
 
     def inputs(self, scans: MapDataset) -> Iterator[tuple[Batch, Tensor]]:
         """Yield collated batches of scans with the images [B, 1, X, Y, Z] that the network sees, as they are."""

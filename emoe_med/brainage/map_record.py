@@ -9,7 +9,6 @@ from emoe_med.brainage.viewer import persons_behind, read_index, write_viewer
 from emoe_med.config import load_run
 from emoe_med.training.allow_list import MAPS
 from emoe_med.training.arm import tracked
-from emoe_med.training.journal import read_journal
 from emoe_med.training.tracking import Tracker
 
 
@@ -48,9 +47,4 @@ def record_maps(tracker: Tracker, folder: Path) -> None:
     stability, sanity = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("stability", "sanity"))
     figures = {f"map/{name}": found["value"] for name in ("matched_r", "dice") if (found := stability.get(name))}
     figures |= {f"map/{check['name']}": check["value"] for check in sanity["checks"] if check["value"] is not None}
-    tracker.metrics(_last_step(tracker.run_dir) + 1, figures)  # maps made again are another point, not the same one
-
-
-def _last_step(run_dir: Path) -> int:
-    events = (event for _, event in read_journal(run_dir / "journal.jsonl") if event["kind"] == "metrics")
-    return max((event["step"] for event in events), default=0)
+    tracker.results(figures)

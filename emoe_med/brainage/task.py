@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -53,6 +54,7 @@ class BrainAgeTask:
     ) -> None:
         self.config = config
         self.ages = TrainingAges.of([age for i in train if (age := heads.scans[i].age) is not None])
+        self._mean_weight = fmean(heads.scans[i].weight for i in train)
         held = heads if config.training.workers else Held(heads)  # each worker would hold its own
         self.train_data: MapDataset = Subset(held, train)
         self.val_data: MapDataset = Subset(held, val)
@@ -99,17 +101,23 @@ class BrainAgeTask:
             model.net.hold_gating(self.gating.holds(epoch, self.config.training.epochs))
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss to minimise, weighted as the manifest says, and its parts."""
+        """Return the loss to minimise, weighted as the manifest says, and its parts.
+
+        Weights are shares of their mean over all training scans, not over the batch: they count in batches of one, too.
+        """
         network: Any = getattr(model, "module", model)  # under several ranks the model is wrapped
         out = model(batch["image"])
-        task = _weighted(network.head.loss(out.output, batch["age"]), batch)
+        task = self._weighted(network.head.loss(out.output, batch["age"]), batch)
         loss, parts = task + out.aux_loss, {"task": task.detach(), "aux": out.aux_loss.detach()}
         if self.gating is None:
             return loss, parts
         side = task.new_zeros(())
         if out.side_output is not None:
-            side = _weighted(network.head.loss(out.side_output, batch["age"]), batch)
+            side = self._weighted(network.head.loss(out.side_output, batch["age"]), batch)
         return loss + self.gating.embedding_loss * side, {**parts, "embedding": side.detach()}
+
+    def _weighted(self, errors: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        return (batch["weight"] * errors).mean() / self._mean_weight
 
     def validate(self, model: BrainAgeNet, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """Return error and routing statistics over the validation scans."""
@@ -156,10 +164,6 @@ class BrainAgeTask:
             routing = out.routing[name]
             found = self._choices.setdefault(name, FirstChoices(mask.shape[1], routing.probs.shape[1]))
             found.add(routing.expert_index[:, 0], mask)
-
-
-def _weighted(errors: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    return (batch["weight"] * errors).sum() / batch["weight"].sum()
 
 
 def _place(name: str, layers: Mapping[str, Any]) -> str:

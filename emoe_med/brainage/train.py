@@ -109,7 +109,7 @@ def _summarise(config: BrainAgeConfig, out: Path, group: Path) -> None:
     replace_file(group / "summary.md", (table + "\n").encode())
     with tracked(group, out, config, "brainage", "group") as tracker:
         values = {"test/mae": found["mae"]["value"], "test/mae_ensemble": found["mae_ensemble"]["value"]}
-        tracker.metrics(len(found["mae_by_run"]), values)
+        tracker.results(values)
         for name in ("summary.json", "summary.md"):
             tracker.log_artifact(group / name, "tables")
 
@@ -165,11 +165,11 @@ def _train_fold(
                 tracker.params(flat(config.model_dump(mode="json")))
                 tracker.tags({"arm": config.name, "fold": fold, "seed": config.training.seed, "synthetic": synthetic})
         gated = getattr(config.model, "single_gated", None)
-        result = fit_run(task, config.training, gated, run_dir, tracker, resume)
+        fit_run(task, config.training, gated, run_dir, tracker, resume)
         with machine.together():
             if machine.first:
                 metrics = evaluate_run(run_dir, cohort, splits)
-                tracker.metrics(result.step, headline(metrics))
+                tracker.results(headline(metrics))
                 page, figures = write_reports(run_dir)
                 tracker.log_artifact(page, "report")
                 tracker.log_artifact(figures, "metrics")

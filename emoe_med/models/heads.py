@@ -68,14 +68,20 @@ class SoftLabelHead(nn.Module):
 
     def predict(self, output: Tensor) -> Tensor:
         """Return predicted ages [B] in years."""
-        centres = (self.edges[:-1] + self.edges[1:]) / 2
-        return output.float().softmax(1) @ centres
+        return self._mean(output.float().softmax(1))
 
     def confidence(self, output: Tensor) -> Tensor:
         """Return how sure outputs [B, bins] are, [B]: 1 for a single age, 0 where they spread like all bins alike."""
-        centres, p = (self.edges[:-1] + self.edges[1:]) / 2, output.float().softmax(1)
-        variance = (p * (centres - (p @ centres).unsqueeze(1)).square()).sum(1)
-        return (1 - (variance / centres.var(correction=0)).sqrt()).clamp_min(0)
+        p = output.float().softmax(1)
+        variance = (p * (self._centres() - self._mean(p).unsqueeze(1)).square()).sum(1)
+        return (1 - (variance / self._centres().var(correction=0)).sqrt()).clamp_min(0)
+
+    def _centres(self) -> Tensor:
+        return (self.edges[:-1] + self.edges[1:]) / 2
+
+    def _mean(self, p: Tensor) -> Tensor:
+        # no matrix product: autocast would round the ages to a quarter or half of a year
+        return (p * self._centres()).sum(1)
 
     def join(self, outputs: Tensor, weights: Tensor) -> Tensor:
         """Average the distributions of outputs [B, J, bins] by weights [B, J]; returns their logarithm [B, bins]."""

@@ -23,7 +23,15 @@ from emoe_med.models.normalisation import flaw, published_constants
 from emoe_med.models.pth import read_pth
 from emoe_med.models.state import axis_size, check_tensors
 from emoe_med.models.vit import Mlp, ViT, ViTOptions, copy_mlp, resized_positions
-from emoe_med.moe import EigenOptions, EigenRouter, MLPExperts, MLPOptions, MoELayer, load_published
+from emoe_med.moe import (
+    EigenOptions,
+    EigenRouter,
+    MLPExperts,
+    MLPOptions,
+    MoELayer,
+    load_published,
+    retract_before_training,
+)
 
 # Hugging Face's names (transformers 4, as files on its hub have them) and timm's. Its layer norms add 1e-12 to the
 # variance where timm and `vit.py` add 1e-6: nothing to activations of order one.
@@ -276,6 +284,9 @@ def load_weights(net: ViT, weights: ViTWeights, path: Path) -> bool:
             )
             raise CheckpointError(Fault("WGT-UPCYCLE", reason, str(path)))
     net.load_state_dict({**own, **found})
+    for layer in net.routed_layers().values() if any(".moe." in name for name in found) else ():
+        if isinstance(layer.router, EigenRouter):
+            retract_before_training(layer.router)
     return has_head
 
 

@@ -24,7 +24,7 @@ from emoe_med.moe.interventions import (
     worst_routing,
 )
 from emoe_med.moe.layer import MoELayer
-from emoe_med.moe.published import load_published
+from emoe_med.moe.published import load_published, retract_before_training
 from emoe_med.moe.router import Place, Router, Routing, StepSums
 from emoe_med.moe.routers.eigen import EigenOptions, EigenRouter
 from emoe_med.moe.routers.ermoe import ERMoEOptions, ERMoERouter
@@ -93,6 +93,7 @@ __all__ = [
     "random_routing",
     "rerouted",
     "retract",
+    "retract_before_training",
     "without_branch",
     "worst_routing",
 ]

@@ -37,15 +37,15 @@ def load_published(layer: MoELayer, tensors: Mapping[str, Tensor], prefix: str =
     for name, target in routes.items():
         target.copy_(found[name])
     if isinstance(layer.router, EigenRouter):
-        _retract_before_training(layer.router)
+        retract_before_training(layer.router)
 
 
-def _retract_before_training(router: EigenRouter) -> None:
+def retract_before_training(router: EigenRouter) -> None:
     """Make the frames orthonormal at the first training pass: they were published as a step had left them."""
 
-    def retract_once(module: torch.nn.Module, args: tuple[object, ...]) -> None:
+    def retract_once(module: EigenRouter, args: tuple[object, ...]) -> None:
         if module.training:
-            router.retract()
+            module.retract()
             handle.remove()
 
     handle = router.register_forward_pre_hook(retract_once)

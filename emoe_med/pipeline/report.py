@@ -25,7 +25,7 @@ def report(pipeline: Pipeline, jobs: Sequence[Job], out: Path, tracker: Tracker 
     columns = make_table(pipeline, jobs, out)
     text = write_pages(pipeline, jobs, columns, out)
     if tracker is not None:
-        tracker.metrics(sum(cell.done for part in columns for cell in part.cells), _figures(columns))
+        tracker.results(_figures(columns))
         for name in NAMES:
             tracker.log_artifact(out / pipeline.name / name, "tables")
         tracker.log_artifact(out / pipeline.name / "report" / "report.html", "report")

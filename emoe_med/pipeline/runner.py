@@ -17,6 +17,7 @@ from emoe_med.pipeline.schema import Pipeline
 from emoe_med.pipeline.sources import check_sources
 from emoe_med.pipeline.state import state
 from emoe_med.pipeline.work import Work, fill_cache, run_verbs
+from emoe_med.training.arm import PARENT_WAIT_S, enter
 from emoe_med.training.run_folder import probe, wait_until_free
 from emoe_med.training.tracking import Tracker
 
@@ -100,7 +101,7 @@ def _nest(jobs: Sequence[Job], out: Path, folder: Path, uri: str) -> None:
     for arm in {job.arm.key: job.arm for job in jobs}.values():
         wait_until_free(out / arm.folder)  # another pipeline, or a run of it that starts or ends
         tracking = arm.config.tracking
-        with Tracker(
+        tracker = Tracker(
             out / arm.folder,
             out=out,
             experiment=arm.task,
@@ -108,8 +109,9 @@ def _nest(jobs: Sequence[Job], out: Path, folder: Path, uri: str) -> None:
             parent=folder,
             uri=uri if tracking.mlflow else "none",
             allow_remote=tracking.allow_remote,
-        ):
-            pass
+        )
+        enter(tracker, PARENT_WAIT_S)  # who waited for the same folder may have it first
+        tracker.__exit__(None, None, None)
 
 
 def _fill_caches(jobs: Sequence[Job], out: Path, places: Places, executor: Executor, folder: Path) -> None:

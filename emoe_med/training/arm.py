@@ -55,9 +55,12 @@ def check_folders(run_dirs: Sequence[Path], resume: bool) -> None:
 
 
 def is_done(run_dir: Path) -> bool:
-    """Whether a run came to its end: its record says so after everything else was written."""
+    """Whether a run came to its end: it was scored, and its record says that everything was written.
+
+    A later session, as one that records maps, does not undo that where it is stopped; nor does it end a run for it.
+    """
     events = (event for _, event in read_journal(run_dir / "journal.jsonl") if event["kind"] == "status")
-    return [event["status"] for event in events][-1:] == ["FINISHED"]
+    return (run_dir / "metrics.json").is_file() and any(event["status"] == "FINISHED" for event in events)
 
 
 def check_arm(config: Any, group: Path) -> None:
@@ -138,7 +141,7 @@ def tracked(
         words=words(config),
     )
     with machine.together():
-        _enter(tracker, wait_s=PARENT_WAIT_S if parent is None else 0)
+        enter(tracker, wait_s=PARENT_WAIT_S if parent is None else 0)
     try:
         yield tracker
     except BaseException as error:
@@ -148,7 +151,12 @@ def tracked(
         tracker.__exit__(None, None, None)
 
 
-def _enter(tracker: Tracker, wait_s: float) -> None:
+def enter(tracker: Tracker, wait_s: float) -> None:
+    """Enter a tracker; while another process has its folder, wait so long.
+
+    Raises:
+        ConfigError: RUN-LOCKED, it has it still.
+    """
     deadline = time.monotonic() + wait_s
     while True:
         try:

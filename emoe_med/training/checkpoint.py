@@ -10,6 +10,7 @@ checkpoints/
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from emoe_med.models.state import check_tensors
 from emoe_med.training.run_folder import replace_file, storage_error, sync_folder, write_synced
 from emoe_med.training.seal import damaged, file_entry, read_whole, sealed, unsealed
 
+LOG = logging.getLogger("emoe_med")
 Which = Literal["best", "last"]
 Tensors = Mapping[str, Tensor]
 FORMAT = 1
@@ -67,14 +69,16 @@ class CheckpointFolder:
         return self.path / name
 
     def find(self, which: Which) -> Path | None:
-        """Return the folder that a pointer names; without any `last`, the newest folder that is whole.
+        """Return the folder that a pointer names; without a `best`, the last; without that, the newest that is whole.
 
-        A run killed while its very first checkpoint got its name has a folder and no pointer.
+        There is no best where no validation was ever a number. A run killed while its very first checkpoint got its
+        name has a folder and no pointer.
         """
         folder = self.pointed(which)
-        if folder is None and which == "last":
-            return self._newest_whole()
-        return folder
+        if folder is None and which == "best":
+            LOG.warning("no best checkpoint is kept in %s: the last weights are used", self.path)
+            folder = self.pointed("last")
+        return self._newest_whole() if folder is None else folder
 
     def tidy(self, last: Path | None = None, best_step: int | None = None) -> None:
         """Remove temporary folders; on resume from `last` also later steps, and set both pointers right."""

@@ -25,6 +25,7 @@ def describe_gate(
     compare: Callable[[np.ndarray, np.ndarray], Mapping[str, Any]],
     score: Callable[[np.ndarray], Mapping[str, Any]],
     metric: str,
+    autocast: Callable[[], torch.autocast],
     label: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tell how the gate loads the experts, what it is worth, and what each exit threshold costs and gives.
@@ -36,6 +37,7 @@ def describe_gate(
         compare: Estimates the mean of the first errors [S] minus the mean of the second, with its interval.
         score: Estimates the metric of the curve from errors [S].
         metric: Name of the mean error.
+        autocast: The precision that the run predicts in.
         label: Name of the class in a batch, where there is one.
 
     Returns:
@@ -56,7 +58,8 @@ def describe_gate(
     cost: dict[str, int] = {}
     for batch, image in batches:
         cost = cost or whole.cost(image[:1])
-        answers = whole.answers(image)
+        with autocast():
+            answers = whole.answers(image)
         chosen = {tau: weigh(answers.probs, answers.confidence, tau) for tau in {*taus, whole.tau}}
         own = chosen[whole.tau]
         shuffled = [own[torch.randperm(len(own), generator=generator).to(own.device)] for generator in generators]
@@ -66,7 +69,7 @@ def describe_gate(
             experts.setdefault(key, []).append((weights > 0).sum(1).cpu().numpy())
         gate, index = answers.probs.max(1, keepdim=True)
         stats.update(Routing(index, gate, answers.probs, gate.new_zeros(())))
-        sample.update(answers.outputs[:, 1:].flatten(1))
+        sample.update(answers.outputs[:, 1:].float().flatten(1))
         if label is not None:
             pairs.append(np.stack([index.squeeze(1).cpu().numpy(), batch[label].cpu().numpy()]))
     by = {key: np.concatenate(parts) for key, parts in errors.items()}

@@ -27,6 +27,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen: set[tuple[int, str]] = set()
+        self._latest: dict[str, float | None] = {}
+        self._last_step = 0
         self._params: set[str] = set()
         try:
             cut = _remove_cut_line(path)
@@ -49,6 +51,16 @@ class Journal:
         new = {name: value for name, value in values.items() if (step, name) not in self._seen}
         if new:
             self.write("metrics", step=step, values=new)
+
+    def results(self, values: Mapping[str, float | None]) -> None:
+        """Write figures of the whole, at a step after all others, where they are not the latest of their name already.
+
+        What MLflow shows of a metric is its last step: a run's figures are those of the selected checkpoint, not of
+        the last epoch, and those of an arm, made again from as many runs, replace the older ones.
+        """
+        new = {name: value for name, value in values.items() if self._latest.get(name, ...) != value}
+        if new:
+            self.write("metrics", step=self._last_step + 1, values=new)
 
     def params(self, values: Mapping[str, str]) -> None:
         """Write the parameters that are not yet known."""
@@ -90,6 +102,8 @@ class Journal:
     def _remember(self, event: Mapping[str, Any]) -> None:
         if event["kind"] == "metrics":
             self._seen.update((event["step"], name) for name in event["values"])
+            self._latest.update(event["values"])
+            self._last_step = max(self._last_step, event["step"])
         elif event["kind"] == "params":
             self._params.update(event["values"])
 

@@ -110,7 +110,9 @@ def _routed_layers(model: nn.Module) -> list[Any]:
 def _idle_experts_held(optimizer: Optimizer, model: nn.Module) -> Generator[None]:
     """Keep weights and moments of experts without a token bit-equal across the step.
 
-    Their gradient is zero, yet weight decay and momentum would move them.
+    Their gradient is zero, yet weight decay and momentum would move them. AdamW counts the steps of all
+    experts together: one that is first chosen late has young moments hardly corrected, and first steps of up to 3.2
+    learning rates (0.1 over the root of 0.001).
     """
     held: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
     for layer in _routed_layers(model):
@@ -152,7 +154,10 @@ def expected_shapes(model: nn.Module, found: Iterable[str]) -> dict[str, torch.S
 
 
 def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors named by `optimizer_tensors` back; the optimiser owns copies."""
+    """Put tensors named by `optimizer_tensors` back; the optimiser owns copies, laid out as the parameters are.
+
+    Files hold moments without strides; fused steps refuse, or misread, moments that are not strided as their weights.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state: dict[int, dict[str, Tensor]] = {}
     saved = optimizer.state_dict()
@@ -160,7 +165,11 @@ def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: Mapp
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
         name = names[id(parameter)]
-        slots = {slot: tensors[f"{name}/{slot}"].clone() for slot in SLOTS if f"{name}/{slot}" in tensors}
+        found = {slot: tensors[f"{name}/{slot}"] for slot in SLOTS if f"{name}/{slot}" in tensors}
+        slots = {
+            slot: value.clone() if slot == "step" else torch.empty_like(parameter, requires_grad=False).copy_(value)
+            for slot, value in found.items()
+        }
         if slots:
             state[number] = slots
     optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})

@@ -113,12 +113,9 @@ class Keeper:
         raise error
 
     def selected(self, which: Which) -> Path:
-        """Return the checkpoint folder to use; the last one where no validation was ever a number."""
+        """Return the checkpoint folder to use."""
         self.machine.wait()
         folder = self.checkpoints.find(which)
-        if folder is None and which == "best":
-            LOG.warning("no best checkpoint is kept: the last weights are used")
-            folder = self.checkpoints.find("last")
         if folder is None:
             raise CheckpointError(Fault("CKPT-MISSING", "no checkpoint", file=str(self.checkpoints.path)))
         return folder

@@ -109,6 +109,13 @@ class Tracker:
             self._refuse(refused)
             self.journal.metrics(step, kept)
 
+    def results(self, values: Mapping[str, float]) -> None:
+        """Record figures of the run as a whole, at a step after all others; made again they are another point."""
+        if self._active:
+            kept, refused = allow_list.numbers(values)
+            self._refuse(refused)
+            self.journal.results(kept)
+
     def params(self, values: Mapping[str, object]) -> None:
         """Record flat configuration values that are numbers, flags or known words; others stay here."""
         if self._active:

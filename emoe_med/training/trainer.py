@@ -74,6 +74,7 @@ class Trainer:
         self._shapes = "none yet"
         self._pictures: list[Picture] = []  # of the last validation
         self._pace = (0.0, 0)  # start of the epoch in this session, samples since
+        self._trained_s = 0.0  # from there to the validation
         runtime.seed_rank(config.seed, machine.rank)
 
     def __enter__(self) -> Self:
@@ -229,16 +230,18 @@ class Trainer:
         Raises:
             Stopped: A signal came (a single process stops between batches; ranks validate to the end).
         """
+        self._trained_s = time.monotonic() - self._pace[0]
         model, device = self.served, self.machine.device
         model.eval()
         before = runtime.random_state(device)
         try:
-            with torch.no_grad(), self._autocast():
-                metrics = self.task.validate(model, self._validation_batches(stop))
-                metrics |= self.task.end_of_epoch(model)
-                draw = getattr(self.task, "pictures", None)
-                self._pictures = draw(model) if draw else []
-            return metrics
+            with torch.no_grad():
+                with self._autocast():
+                    metrics = self.task.validate(model, self._validation_batches(stop))
+                    draw = getattr(self.task, "pictures", None)
+                    self._pictures = draw(model) if draw else []
+                # what a basis is, not what it would be in bfloat16
+                return metrics | self.task.end_of_epoch(model)
         finally:
             runtime.set_random_state(before, device)
 
@@ -277,9 +280,8 @@ class Trainer:
         return is_best
 
     def _speed(self) -> dict[str, float]:
-        start, samples = self._pace
-        seconds = max(time.monotonic() - start, 1e-9)
-        return {"system/samples_per_second": samples * self.machine.world_size / seconds} if samples else {}
+        samples = self._pace[1] * self.machine.world_size
+        return {"system/samples_per_second": samples / max(self._trained_s, 1e-9)} if samples else {}
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, Tag, model_validator
 
 from emoe_med.config import TrackingConfig, TrainingConfig
-from emoe_med.model_config import KIND, GatingConfig, Section, SingleGatedConfig, TransformerConfig, by_kind
+from emoe_med.model_config import (
+    KIND,
+    GatingConfig,
+    Section,
+    SingleGatedConfig,
+    TransformerConfig,
+    by_kind,
+    check_epochs,
+)
 from emoe_med.models.normalisation import flaw
 
 Dataset = Literal["digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet"]
@@ -125,8 +133,8 @@ class VisionConfig(Section):
     def _large_enough(self) -> Self:
         if self.data.resize < self.model.image_size:
             raise ValueError(f"data.resize {self.data.resize} is below model.image_size {self.model.image_size}")
-        if isinstance(self.model, ResNetConfig) and self.model.single_gated is not None:
-            self.model.single_gated.base_epochs(self.training.epochs)
+        if isinstance(self.model, ResNetConfig):
+            check_epochs(self.model.gating, self.model.single_gated, self.training.epochs)
         if (self.data.mean is None) != (self.data.std is None):
             raise ValueError("data.mean and data.std go together")
         if self.data.mean is not None and self.data.std is not None and (reason := flaw(self.data.mean, self.data.std)):

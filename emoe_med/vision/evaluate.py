@@ -70,14 +70,14 @@ class TrainedClassifier:
     def outputs(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], ModelOutput]]:
         """Yield the collated batches of a data set, as `inputs` has them, with the output in the run's precision."""
         for batch, image in self.inputs(data):
-            with self._autocast():
+            with self.autocast():
                 yield batch, self.net(image)
 
     @torch.no_grad()
     def features(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
         """Yield the collated batches, as `inputs` has them, with what the head could see [B, F] by kind."""
         for batch, image in self.inputs(data):
-            with self._autocast():
+            with self.autocast():
                 yield batch, self.net.probed(image)
 
     @property
@@ -98,7 +98,8 @@ class TrainedClassifier:
             pixels = batch["image"].to(self.device)
             yield batch, seen_image(pixels, self.config.model.image_size, self.meta)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """Return the precision that the run was trained in, as a context."""
         low = self.config.training.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
 
@@ -191,6 +192,7 @@ def gate_report(model: TrainedClassifier, whole: SingleGated, test: MapDataset) 
         compare=lambda changed, intact: mean_estimate(changed - intact, draws),
         score=lambda errors: mean_estimate(100 - errors, draws),
         metric="error",
+        autocast=model.autocast,
         label="label",
     )
     return {"routing": {"gate": routing}, "early_exit": early_exit}

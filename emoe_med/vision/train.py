@@ -142,11 +142,11 @@ def _train_seed(
                 tracker.params(flat(config.model_dump(mode="json")))
                 tracker.tags({"arm": config.name, "seed": config.training.seed, "dataset": config.data.dataset})
         gated = getattr(config.model, "single_gated", None)
-        result = fit_run(task, config.training, gated, run_dir, tracker, resume)
+        fit_run(task, config.training, gated, run_dir, tracker, resume)
         with machine.together():
             if machine.first:
                 metrics = evaluate_run(run_dir, data, test, parts[1])
-                tracker.metrics(result.step, headline(metrics))
+                tracker.results(headline(metrics))
                 tracker.log_artifact(run_dir / "metrics.json", "metrics")
                 _record_heatmap(tracker, run_dir, listing)
                 LOG.info("seed %d: test top-1 %.2f %%", config.training.seed, metrics["test"]["top1"]["value"])
@@ -179,5 +179,5 @@ def _summarise(config: VisionConfig, out: Path, group: Path) -> None:
     content = json.dumps({"mean": means, "by_run": by_run}, indent=1)
     replace_file(group / "summary.json", (content + "\n").encode())
     with tracked(group, out, config, "vision", "group") as tracker:
-        tracker.metrics(len(by_run), means)
+        tracker.results(means)
         tracker.log_artifact(group / "summary.json", "tables")

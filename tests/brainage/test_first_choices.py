@@ -1,6 +1,8 @@
 import io
+from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch.utils.data import default_collate
@@ -87,6 +89,19 @@ def test_a_training_run_draws_twenty_persons_and_no_fewer(tmp_path):
     assert BrainAgeTask(config, cohort.heads, train[:5], val, {}).pictures(model) == []
 
 
-def test_one_expert_leaves_nothing_to_draw():
-    assert FirstChoices(1200, 2).shape == (10, 12, 10)
-    assert FirstChoices(1200, 1).shape is None
+def test_weights_of_the_manifest_count_in_batches_of_one(tmp_path):
+    rows = read_manifest(write_cohort(tmp_path / "cohort", persons=4, seed=5, spacing_mm=8.0))
+    weights = [3.0 if n == 0 else 1.0 for n in range(len(rows.scans))]
+    manifest = replace(rows, scans=tuple(replace(s, weight=w) for s, w in zip(rows.scans, weights, strict=True)))
+    config = BrainAgeConfig.model_validate(TINY)
+    cohort = prepare_cohort(manifest, chain_options(config, manifest), tmp_path / "cache")
+    task = BrainAgeTask(config, cohort.heads, [0, 1], [2], {})
+    model = task.build_model().eval()
+    singles = [task.prepare(default_collate([task.train_data[i]]), False, torch.zeros(1)) for i in range(2)]
+    whole = task.prepare(default_collate([task.train_data[i] for i in range(2)]), False, torch.zeros(2))
+    with torch.no_grad():
+        errors = [float(model.head.loss(model(batch["image"]).output, batch["age"])) for batch in singles]
+        parts = [float(task.loss(model, batch)[1]["task"]) for batch in singles]
+        together = float(task.loss(model, whole)[1]["task"])
+    assert parts == pytest.approx([1.5 * errors[0], 0.5 * errors[1]], rel=1e-5)  # 3 and 1 over their mean, 2
+    assert together == pytest.approx(sum(parts) / 2, rel=1e-5)

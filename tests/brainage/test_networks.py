@@ -106,6 +106,8 @@ def test_pooled_features_are_what_the_last_layer_sees(trained, name):
         ({"kind": "vgg"}, "kind is not one of sfcn, vit"),
         ({"moe": {"after_block": 1}, "gating": {}}, "one of them"),
         ({"gating": {"held_share": 1}}, "held_share"),
+        ({"gating": {}}, "epochs 1: one of DeepMoE's two stages has none"),
+        ({"gating": {"held_share": 0.6}}, "one of DeepMoE's two stages has none"),
     ],
 )
 def test_what_cannot_work_is_refused(model, told):

@@ -86,6 +86,17 @@ def test_soft_labels_agree_with_scipy_and_centre_on_the_age():
     torch.testing.assert_close(soft.predict(perfect), ages, atol=0.03, rtol=0)
 
 
+def test_ages_are_as_fine_under_autocast_as_without():
+    """A matrix product would be of bfloat16 there, which knows ages to half a year."""
+    soft = SoftLabelHead(TrainingAges.of([20.0, 80.0]))
+    output = torch.randn(50, soft.outputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = soft.predict(output), soft.confidence(output)
+    for found, expected in zip(low, (soft.predict(output), soft.confidence(output)), strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
 def test_l1_head_is_in_training_standard_deviations():
     l1 = L1Head(TrainingAges.of([40.0, 50.0, 60.0]))
     output = torch.tensor([[0.0], [1.0]])

@@ -21,7 +21,16 @@ from emoe_med.models.weights import (
     resized,
     write_weights,
 )
-from emoe_med.moe import EigenOptions, EigenRouter, LinearOptions, LinearRouter, MLPExperts, MLPOptions, MoELayer
+from emoe_med.moe import (
+    EigenOptions,
+    EigenRouter,
+    LinearOptions,
+    LinearRouter,
+    MLPExperts,
+    MLPOptions,
+    MoELayer,
+    orthonormality_error,
+)
 
 OPTIONS = ViTOptions((8, 8), 4, 3, width=24, depth=3, heads=3)
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
@@ -226,6 +235,23 @@ def test_the_authors_checkpoint_gives_their_network(tmp_path):
                 x = torch.cat([x[:, :1], h + s["alpha"] * p.amax(-1, keepdim=True) * out], 1)
         expected = backbone.head(backbone.norm(x)[:, 0])
         torch.testing.assert_close(target(image).output, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_published_frames_are_retracted_before_they_first_train(tmp_path):
+    """They were published as a step had left them; until then they are judged as they are."""
+    state = {f"vit.{name}": tensor for name, tensor in net().state_dict().items()}
+    branches = [published_branch(), published_branch()]
+    branches[0]["router.basis.Q"] *= 1.05
+    state |= {f"branches.{i}.{name}": tensor for i, branch in enumerate(branches) for name, tensor in branch.items()}
+    torch.save(state, tmp_path / "emoe.pth")
+    router = EigenRouter(24, 4, 1, EigenOptions.paper_code(rank=5))
+    target = net(seed=1)
+    target.insert({1: MoELayer(router, MLPExperts(24, 4, MLPOptions(hidden=6)), normalise=False)}, "after_block")
+    load_weights(target, read_foreign(tmp_path / "emoe.pth", MEAN, STD), tmp_path)
+    target.eval()(torch.randn(2, 3, 8, 8))
+    assert orthonormality_error(router.basis()) > 0.1
+    target.train()(torch.randn(2, 3, 8, 8))
+    assert orthonormality_error(router.basis()) < 1e-5
 
 
 def test_more_branches_than_blocks_are_refused(tmp_path):

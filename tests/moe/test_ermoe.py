@@ -12,6 +12,12 @@ def experts(count=3, width=4, rank=1):
     return made
 
 
+def test_one_expert_a_token_is_refused():
+    """Its share would be 1 whatever the scores."""
+    with pytest.raises(ValueError, match="top_k above 1"):
+        ERMoERouter(4, 3, 1, ERMoEOptions())
+
+
 def test_scores_by_hand():
     router = ERMoERouter(4, 3, 2, ERMoEOptions(threshold=0.0))
     token = torch.tensor([[1.0, 1.0, 1.0, 9.0]])

@@ -26,6 +26,7 @@ table:
 def finish(folder, **sources):
     folder.mkdir(parents=True)
     (folder / "environment.json").write_text(json.dumps(sources))
+    (folder / "metrics.json").write_text("{}")
     (folder / "journal.jsonl").write_text(json.dumps({"kind": "status", "time": 1, "status": "FINISHED"}) + "\n")
 
 

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from emoe_med.errors import CheckpointError, DataError
-from emoe_med.training.arm import check_alike, check_same
+from emoe_med.training.arm import check_alike, check_same, is_done
+from emoe_med.training.tracking import Tracker
 
 
 def recorded(folder, **facts):
@@ -27,3 +28,20 @@ def test_what_a_run_did_not_record_is_not_compared(tmp_path):
     with pytest.raises(DataError, match=r"CMP-OTHER.*other  another contents") as refused:
         check_alike([(0, late), (0, early), (0, other)])
     assert len(refused.value.faults) == 1
+
+
+def test_a_run_is_done_once_scored_whatever_a_later_session_comes_to(tmp_path):
+    """`maps` enters the record of a run again."""
+    with Tracker(tmp_path, uri="none"):
+        pass
+    assert not is_done(tmp_path)  # maps of a run that was stopped do not end it
+    (tmp_path / "metrics.json").write_text("{}")
+    assert is_done(tmp_path)
+    with Tracker(tmp_path, uri="none"):
+        assert is_done(tmp_path)
+
+
+def test_a_scored_run_is_not_done_before_its_record_ends(tmp_path):
+    (tmp_path / "metrics.json").write_text("{}")
+    with Tracker(tmp_path, uri="none"):
+        assert not is_done(tmp_path)

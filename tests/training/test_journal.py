@@ -77,6 +77,22 @@ def test_cut_at_any_byte_all_whole_lines_survive(tmp_path_factory, cut):
     )
 
 
+def test_results_are_the_last_point_of_their_name_and_told_once(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        journal.metrics(8, {"val/mae": 7.4, "train/loss": 1.0})
+        journal.results({"val/mae": 7.1, "test/mae": 7.0})  # of the best epoch, which was not the last
+    with Journal(path) as journal:
+        journal.results({"val/mae": 7.1, "test/mae": 7.0})
+        journal.results({"val/mae": 7.1, "test/mae": 6.9})
+    found = [(event["step"], event["values"]) for event in events(path)]
+    assert found == [
+        (8, {"val/mae": 7.4, "train/loss": 1.0}),
+        (9, {"val/mae": 7.1, "test/mae": 7.0}),
+        (10, {"test/mae": 6.9}),
+    ]
+
+
 def test_damaged_lines_are_told_and_passed_over(tmp_path, caplog):
     path = tmp_path / "journal.jsonl"
     fill(path, 3)

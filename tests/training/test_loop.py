@@ -364,6 +364,24 @@ def test_a_validation_that_is_no_number_is_never_best(tmp_path):
     result = train(tmp_path / "never", Never())
     assert result.best is None
     assert result.checkpoint == CheckpointFolder(tmp_path / "never").pointed("last")
+    found = CheckpointFolder(tmp_path / "never").load("best")  # what evaluation asks for
+    assert found.folder == result.checkpoint
+
+
+def test_what_layers_tell_of_themselves_is_not_rounded_to_the_precision_of_the_run(tmp_path):
+    seen = []
+
+    class Told(ToyTask):
+        def validate(self, model, batches):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().validate(model, batches)
+
+        def end_of_epoch(self, model):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return {}
+
+    train(tmp_path, Told(), replace(OPTIONS, epochs=1, precision="bf16"))
+    assert seen == [True, False]
 
 
 def test_larger_can_be_better(tmp_path):

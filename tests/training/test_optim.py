@@ -204,3 +204,18 @@ def test_optimizer_tensors_round_trip_and_are_copies():
     assert all(map(torch.equal, layer.parameters(), twin.parameters()))
     # torch's optimiser adopts tensors that it is given and writes into them
     assert all(torch.equal(tensors[name], kept[name]) for name in kept)
+
+
+def test_moments_come_back_from_a_file_laid_out_as_the_weights_are():
+    """A fused step on a GPU refuses moments of other strides than the weights'."""
+    net = nn.Conv3d(8, 4, 3)
+    net.weight.data = net.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    optimizer = optim.build_optimizer(net, 0.1, 0.0)
+    net(torch.randn(1, 8, 3, 3, 3)).sum().backward()
+    optim.update(optimizer, net)
+    kept = {name: tensor.contiguous() for name, tensor in optim.optimizer_tensors(optimizer, net).items()}
+    fresh = optim.build_optimizer(net, 0.1, 0.0)
+    optim.load_optimizer_tensors(fresh, net, kept)
+    for slot in ("exp_avg", "exp_avg_sq"):
+        assert fresh.state[net.weight][slot].stride() == net.weight.stride() != (216, 27, 9, 3, 1)
+        assert torch.equal(fresh.state[net.weight][slot], kept[f"weight/{slot}"])

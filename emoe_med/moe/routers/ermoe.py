@@ -43,6 +43,8 @@ class ERMoERouter(Router):
 
     def __init__(self, width: int, num_experts: int, top_k: int, options: ERMoEOptions) -> None:
         super().__init__(num_experts, top_k)
+        if top_k == 1:
+            raise ValueError("ERMoE needs top_k above 1: a single share is 1 and teaches the bases no routing")
         self.threshold = options.threshold
 
     def forward(

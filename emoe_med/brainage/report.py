@@ -241,10 +241,10 @@ def _loads(found: Mapping[str, Any]) -> list[float]:
 def _training(run_dir: Path) -> str:
     curves: dict[str, list[tuple[int, float]]] = {"train/loss": [], "val/mae": []}
     for _, event in read_journal(run_dir / "journal.jsonl"):
+        values = event["values"] if event["kind"] == "metrics" and not event.get("whole") else {}
         for name, points in curves.items():
-            value = event["values"].get(name) if event["kind"] == "metrics" else None
-            if value is not None:
-                points.append((event["step"], value))
+            if values.get(name) is not None:
+                points.append((event["step"], values[name]))
     curves = {name: points for name, points in curves.items() if points}
     return section("Training", figures.training_curves(curves)) if curves else ""
 

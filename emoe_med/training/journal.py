@@ -56,11 +56,12 @@ class Journal:
         """Write figures of the whole, at a step after all others, where they are not the latest of their name already.
 
         What MLflow shows of a metric is its last step: a run's figures are those of the selected checkpoint, not of
-        the last epoch, and those of an arm, made again from as many runs, replace the older ones.
+        the last epoch, and those of an arm, made again from as many runs, replace the older ones. `whole` marks the
+        event: it is no point of a curve.
         """
         new = {name: value for name, value in values.items() if self._latest.get(name, ...) != value}
         if new:
-            self.write("metrics", step=self._last_step + 1, values=new)
+            self.write("metrics", step=self._last_step + 1, values=new, whole=True)
 
     def params(self, values: Mapping[str, str]) -> None:
         """Write the parameters that are not yet known."""

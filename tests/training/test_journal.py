@@ -85,6 +85,7 @@ def test_results_are_the_last_point_of_their_name_and_told_once(tmp_path):
     with Journal(path) as journal:
         journal.results({"val/mae": 7.1, "test/mae": 7.0})
         journal.results({"val/mae": 7.1, "test/mae": 6.9})
+    assert [event.get("whole", False) for event in events(path)] == [False, True, True]
     found = [(event["step"], event["values"]) for event in events(path)]
     assert found == [
         (8, {"val/mae": 7.4, "train/loss": 1.0}),

@@ -128,6 +128,8 @@ def evaluate(
     from emoe_med.brainage import evaluate as verbs
     from emoe_med.data.manifest import read_manifest
 
+    if manifest is None and any((data_root, cache, jobs)):
+        raise ConfigError(Fault("CLI-MANIFEST", "without --manifest no scan is read: where they lie says nothing"))
     if manifest is None:
         metrics, where = verbs.score_again(run, bias), run / "metrics.json"
     else:

@@ -67,10 +67,11 @@ class FirstChoices:
         """Count a batch of heads.
 
         Args:
-            expert: First choice of each routed token, [N].
+            expert: First choice of each routed token, [N]; -1 where no expert took it.
             mask: Which tokens were routed, [B, T] with N true.
         """
-        np.add.at(self.counts, (mask.cpu().numpy().nonzero()[1], expert.cpu().numpy()), 1)
+        cell, chosen = mask.cpu().numpy().nonzero()[1], expert.cpu().numpy()
+        np.add.at(self.counts, (cell[chosen >= 0], chosen[chosen >= 0]), 1)
 
     def draw(self) -> bytes:
         """Draw all axial layers of cells from below, the left of the head on the left, as PNG."""

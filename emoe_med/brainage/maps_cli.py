@@ -45,6 +45,9 @@ def maps(
     options = MapOptions(atlas, labels, everyone, contribution, occlusion)
     arm = runs_in(run)[0].parent
     if manifest is None:
+        if options != MapOptions() or any((data_root, cache, jobs)):
+            hint = "without --manifest the maps that are there are shown again, as they are"
+            raise ConfigError(Fault("CLI-MANIFEST", "options of new maps without their heads", hint=hint))
         out = run / "expert_maps"
         if not (out / "maps.json").is_file():
             hint = "name the heads by --manifest: a run folder holds no path"

@@ -163,7 +163,8 @@ class BrainAgeTask:
         for name, mask in out.token_mask.items():
             routing = out.routing[name]
             found = self._choices.setdefault(name, FirstChoices(mask.shape[1], routing.probs.shape[1]))
-            found.add(routing.expert_index[:, 0], mask)
+            gate, slot = routing.gate.max(1, keepdim=True)
+            found.add(routing.expert_index.gather(1, slot).where(gate > 0, -1).squeeze(1), mask)
 
 
 def _place(name: str, layers: Mapping[str, Any]) -> str:

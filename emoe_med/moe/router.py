@@ -86,6 +86,11 @@ class Router(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
 
+    @property
+    def independent(self) -> bool:
+        """Whether a token's experts follow from itself and its place, whatever other tokens are in the call."""
+        return not self.needs_context
+
     def forward(
         self, tokens: Tensor, experts: Experts, context: Tensor | None = None, place: Place | None = None
     ) -> Routing:

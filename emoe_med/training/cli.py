@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from emoe_med.errors import EXIT_SIGINT, ConfigError, EmoeError, Fault, StorageError
+from emoe_med.errors import EXIT_SIGINT, ConfigError, EmoeError, Fault, OutOfMemoryError, StorageError
 
 
 def verb(command: Callable[..., None]) -> Callable[..., None]:
@@ -30,6 +30,11 @@ def verb(command: Callable[..., None]) -> Callable[..., None]:
             raise  # whoever reads the output has enough of it
         except OSError as error:
             _end(StorageError(Fault("STORE-OS", error.strerror or str(error), error.filename)))
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+                raise
+            what = " ".join(str(error).split())[:200] or "memory is exhausted"  # torch's, by name: it may not be loaded
+            _end(OutOfMemoryError(Fault("MEM-VERB", what)))
         except KeyboardInterrupt:
             raise typer.Exit(EXIT_SIGINT) from None
 

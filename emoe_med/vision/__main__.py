@@ -85,7 +85,13 @@ def _percent(found: dict[str, Any]) -> str:
 
 @app.command()
 @verb
-def evaluate(run: RunOption, data_root: RootOption = None, as_json: JsonOption = False) -> None:
+def evaluate(
+    run: RunOption,
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", help="folder or zip of other images; else the run's predictions")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Score a run again from its predictions, or on other images of its classes.
 
     Other images lie in a layout of its data set, or in <class>/ of the root; nothing is asked of train/, and not every

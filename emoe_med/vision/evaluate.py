@@ -25,7 +25,7 @@ from emoe_med.models.deep_moe import DeepMoE
 from emoe_med.models.output import ModelOutput
 from emoe_med.models.single_gated import SingleGated
 from emoe_med.training.channel_report import describe_channels
-from emoe_med.training.checkpoint import CheckpointFolder, load_model_weights
+from emoe_med.training.checkpoint import MODEL_FILE, CheckpointFolder, load_model_weights
 from emoe_med.training.gate_report import describe_gate
 from emoe_med.training.journal import read_journal
 from emoe_med.training.loader import make_loader, mixed, read_batches
@@ -43,11 +43,15 @@ LOG = logging.getLogger("emoe_med")
 
 @dataclass
 class TrainedClassifier:
-    """A network with its configuration and what its images must be like: `classes`, `channels`, `mean`, `std`."""
+    """A network with its configuration, what its images must be like, and the digest of its weights.
+
+    `meta` has `classes`, `channels`, `mean` and `std`.
+    """
 
     net: Net
     config: VisionConfig
     meta: dict[str, Any]
+    sha256: str
 
     @classmethod
     def load(cls, run_dir: Path) -> TrainedClassifier:
@@ -64,7 +68,7 @@ class TrainedClassifier:
         net = build_net(config.model, meta["channels"], len(meta["classes"]))
         load_model_weights(net, checkpoint.model, checkpoint.folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(net.eval().to(device), config, meta)
+        return cls(net.eval().to(device), config, meta, checkpoint.state["files"][MODEL_FILE]["sha256"])
 
     @torch.no_grad()
     def outputs(self, data: MapDataset) -> Iterator[tuple[dict[str, Any], ModelOutput]]:

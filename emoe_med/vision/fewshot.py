@@ -38,9 +38,9 @@ def fewshot(
 ) -> tuple[dict[str, Any], Path]:
     """Probe a run's features by ridge, logistic regression and class means, and write `fewshot/<dataset>.json`.
 
-    What the file has of the same images stays in it: other numbers of shots, and more draws than these. On the run's
-    own data set the supports and those that choose the penalty are images that it never learned from or was selected
-    on, as long as there are enough; its features have seen labels of the same classes even so.
+    What the file has of the same images and weights stays in it: other numbers of shots, and more draws than these.
+    On the run's own data set the supports and those that choose the penalty are images that it never learned from or
+    was selected on, as long as there are enough; its features have seen labels of the same classes even so.
 
     Args:
         run_dir: Run folder with a trained checkpoint; its weights stay as they are.
@@ -51,7 +51,7 @@ def fewshot(
 
     Returns:
         ``{shot: {feature: {probe: {value, low, high, n, by_draw, classes}}}}`` in percent of the whole test set, and
-        the file, which has `contents`, the digest of the images, besides.
+        the file, which has `contents` and `weights`, the digests of the images and of the checkpoint, besides.
 
     Raises:
         CheckpointError: The run has no usable checkpoint, or learned from other images of its data set than these, so
@@ -63,16 +63,19 @@ def fewshot(
     if DATASETS[name].channels != model.meta["channels"]:
         raise DataError(Fault("IMG-CHANNELS", f"{name} and the run's images differ in colour"))
     listing = list_images(name, root)
-    images = {"contents": listing.contents()}
+    sources = {"contents": listing.contents()}
     if name == model.config.data.dataset:
-        check_same(run_dir, images)
+        check_same(run_dir, sources)
+    sources["weights"] = model.sha256  # a run may be probed before its end, and go on
     path = run_dir / "fewshot" / f"{name}.json"
-    before = read_back(path, lambda path: dict(json.loads(path.read_text()))) if path.is_file() else images
-    before = before if before.get("contents") == images["contents"] else images
-    pool = _unseen(model, listing, max(shots)) if name == model.config.data.dataset else None
+    before = read_back(path, lambda path: dict(json.loads(path.read_text()))) if path.is_file() else sources
+    # what the version that probed did not record is not compared, but for the images
+    before = before if {**sources, "contents": None, **before}.items() >= sources.items() else sources
+    own = name == model.config.data.dataset
+    pools = {shot: _unseen(model, listing, shot) if own else None for shot in shots}
     wanted_draws = {shot: draws or (ONE_SHOT_DRAWS if shot == 1 else DRAWS) for shot in shots}
     chosen = {
-        (shot, draw): supports(listing.train.labels, shot, draw, pool)
+        (shot, draw): supports(listing.train.labels, shot, draw, pools[shot])
         for shot, count in wanted_draws.items()
         for draw in range(count)
     }
@@ -99,7 +102,7 @@ def fewshot(
             }
     path.parent.mkdir(exist_ok=True)
     report = {shot: max(found, before.get(shot, found), key=_draws) for shot, found in report.items()}
-    replace_file(path, (json.dumps({**before, **report}, indent=1) + "\n").encode())
+    replace_file(path, (json.dumps({**before, **sources, **report}, indent=1) + "\n").encode())
     return report, path
 
 
@@ -120,7 +123,7 @@ def _unseen(model: TrainedClassifier, listing: Listing, shot: int) -> np.ndarray
     pool = np.setdiff1d(np.arange(len(labels)), used)
     if np.bincount(labels[pool], minlength=labels.max() + 1).min() > shot:
         return pool
-    LOG.warning("note: the probes are of images that the run learned from: no others are left of each class")
+    LOG.warning("note: %d-shot probes are of images that the run learned from: a class has too few others", shot)
     return None
 
 

@@ -72,6 +72,17 @@ def check_every_parameter_gets_a_gradient(layer):
         assert all(p.grad is not None for p in layer.parameters())
 
 
+def check_a_router_that_calls_itself_independent_is(layer):
+    """Taking half of the samples away, or half of the tokens, moves no other token."""
+    x = torch.randn(4, 12, WIDTH)
+    _, whole = call(layer.eval(), x)
+    mask = torch.zeros(4, 12, dtype=torch.bool)
+    mask[1:3, :7] = True
+    _, part = layer(x, mask=mask, context=x.roll(1, dims=1) + 0.5 * x)
+    stays = torch.equal(whole.expert_index[mask.flatten()], part.expert_index)
+    assert stays or not layer.router.independent
+
+
 def check_evaluation_repeats_itself(layer):
     """The same tokens give the same routing and output, and leave no trace."""
     x = torch.randn(2, 10, WIDTH)

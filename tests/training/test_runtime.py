@@ -6,8 +6,10 @@ import signal
 import numpy as np
 import pytest
 import torch
+import typer
 
 from emoe_med.errors import OutOfMemoryError
+from emoe_med.training.cli import verb
 from emoe_med.training.ranks import Machine
 from emoe_med.training.runtime import (
     StopSignal,
@@ -113,3 +115,24 @@ def test_one_process_sums_over_itself():
     assert machine.any(0, True, 3) == [False, True, True]
     assert machine.gather({"a": [1]}) == [{"a": [1]}]
     assert machine.total(torch.tensor([1.5, 2.0])).tolist() == [1.5, 2.0]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")])
+def test_exhausted_memory_ends_any_verb_with_code_7(error, capsys):
+    @verb
+    def command():
+        raise error
+
+    with pytest.raises(typer.Exit) as ended:
+        command()
+    assert ended.value.exit_code == 7
+    assert "MEM-VERB" in capsys.readouterr().err
+
+
+def test_other_errors_of_torch_stay_what_they_are():
+    @verb
+    def command():
+        raise RuntimeError("shapes")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        command()

@@ -177,7 +177,7 @@ def test_probes_and_heat_map_of_a_run(trained):
     run_dir = trained / "tiny_emoe" / "seed0"
     assert "1-shot" in run("fewshot", "--run", run_dir, "--shots", "1,5", "--draws", 5).output
     report = json.loads((run_dir / "fewshot" / "digits.json").read_text())
-    assert set(report) == {"contents", "1", "5"}
+    assert set(report) == {"contents", "weights", "1", "5"}
     assert set(report["5"]) == {"token", "mean"}
     assert set(report["5"]["mean"]) == {"ridge", "logistic", "nearest_mean"}
     for probe in ("ridge", "logistic"):
@@ -189,9 +189,10 @@ def test_probes_and_heat_map_of_a_run(trained):
     assert again["5"] == report["5"]  # more draws stay
     assert again["2"]["mean"]["ridge"]["low"] is None  # an interval of two draws would look precise
     path = run_dir / "fewshot" / "digits.json"
-    path.write_text(json.dumps({**again, "contents": "of other images"}))
-    run("fewshot", "--run", run_dir, "--shots", "2", "--draws", 2)
-    assert json.loads(path.read_text()) == {key: again[key] for key in ("contents", "2")}
+    for other in ("contents", "weights"):
+        path.write_text(json.dumps({**again, other: "another"}))
+        run("fewshot", "--run", run_dir, "--shots", "2", "--draws", 2)
+        assert json.loads(path.read_text()) == {key: again[key] for key in ("contents", "weights", "2")}
     path.write_text("{")
     assert "RUN-METRICS" in run("fewshot", "--run", run_dir, "--shots", "2", "--draws", 2, code=3).output
     path.write_text(json.dumps(again))

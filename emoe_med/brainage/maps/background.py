@@ -43,7 +43,10 @@ class Background:
             self._vote(labels)
 
     def _vote(self, labels: np.ndarray) -> None:
-        """Keep a majority label per voxel in constant memory (Boyer and Moore 1991)."""
+        """Keep a label per voxel in constant memory: that of more than half of the heads, where there is one.
+
+        Elsewhere it is one of the common ones, not always the commonest (Boyer and Moore 1991).
+        """
         same, empty = labels == self.label, self.votes == 0
         self.label = np.where(empty, labels, self.label)
         self.votes += np.where(same | empty, 1, -1)
@@ -63,5 +66,5 @@ class Background:
         return np.where(self.brain(), self.intensity / np.maximum(self.inside, 1) / brightest, 0).astype(np.float32)
 
     def majority(self) -> np.ndarray:
-        """Label that most heads agree on, [X, Y, Z] int32, 0 outside the group's brain."""
+        """Label of more than half of the heads, else a common one, [X, Y, Z] int32, 0 outside the group's brain."""
         return np.where(self.brain(), self.label, 0)

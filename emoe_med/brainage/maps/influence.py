@@ -67,7 +67,7 @@ def occlusions(net: BrainAgeNet, image: Tensor, grid: CellGrid) -> np.ndarray:
 
     Only what can see the cell is run again up to the routed layer: the tokens within its reach, from a window of
     twice that reach, at whose inner cells the convolutions see what they see in the whole head. Other tokens keep
-    their experts.
+    their experts, unless the router lets tokens compete or compares them with their surroundings.
 
     Args:
         net: Network with a routed layer.
@@ -102,8 +102,11 @@ def occlusions(net: BrainAgeNet, image: Tensor, grid: CellGrid) -> np.ndarray:
             near = tuple(map(slice, first, end))
             maps[(row, slice(None), *near)] = inner[(row, slice(None), *map(slice, first - low, end - low))]
             seen[(row, *near)] = True
-        changed, _ = sfcn.route(layer, maps, mask & seen.flatten(1))
-        stream = torch.where(seen.unsqueeze(1), changed, intact)
+        if layer.router.independent:
+            changed, _ = sfcn.route(layer, maps, mask & seen.flatten(1))
+            stream = torch.where(seen.unsqueeze(1), changed, intact)
+        else:  # a change anywhere may move any token, within its head alone
+            stream = torch.cat([sfcn.route(layer, one, mask)[0] for one in maps.split(1)])
         ages = net.head.predict(sfcn.answer(sfcn.beyond(stream, after)))
         found[tuple(part.T)] = (age - ages).cpu().numpy()
     return found.ravel()

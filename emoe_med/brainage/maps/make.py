@@ -120,6 +120,9 @@ def write_all(
     grid, space = CellGrid.of(models[0].net, models[0].config), models[0].chain().space
     synthetic = bool(models[0].contract["synthetic"])
     _enough(cohort, heads, options, synthetic)
+    if none := [run.name for run, some in zip(runs, heads, strict=True) if not some]:
+        reason = f"no head here that {', '.join(none)} did not learn from"
+        raise DataError(Fault("MAPS-FEW", reason, hint="map those runs alone that have some, or give --everyone"))
     parcels = (
         Parcels.of_atlas(options.atlas, options.labels, grid, space)
         if options.atlas

@@ -171,13 +171,14 @@ def tokens_of(net: BrainAgeNet, image: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def route_tokens(net: BrainAgeNet, before: Tensor, mask: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Route what `tokens_of` returned, as `route` does."""
+    """Route what `tokens_of` returned, as `route` does; the slots of a token by falling gate."""
     sfcn, layer, _ = routed_part(net)
     _, routing = sfcn.route(layer, before, mask)
+    # Expert Choice has a slot for each expert, in the order of experts
+    weight, order = routing.gate.float().sort(dim=1, descending=True, stable=True)
     inside = mask[0].cpu().numpy()
-    expert = np.full((len(inside), layer.router.top_k), -1, np.int16)
+    expert = np.full((len(inside), weight.shape[1]), -1, np.int16)
     gate = np.zeros(expert.shape, np.float32)
-    weight = routing.gate.float().cpu().numpy()
-    expert[inside] = np.where(weight > 0, routing.expert_index.cpu().numpy(), -1)
-    gate[inside] = weight
+    chosen = routing.expert_index.gather(1, order).where(weight > 0, -1)
+    expert[inside], gate[inside] = chosen.cpu().numpy(), weight.cpu().numpy()
     return expert, gate

@@ -95,13 +95,14 @@ def _routes(net: BrainAgeNet, tokens: Sequence[tuple[Tensor, Tensor]]) -> Routes
 
 
 def position_share(routes: Routes, seed: int = 0) -> dict[str, Any]:
-    """Return the share of the variance of routing that the cell alone explains, and that of a random router.
+    """Return the share of the variance of the first choices that the cell alone explains, and that of a random router.
 
     1: every head is served by one and the same pattern, whatever its anatomy; about 1 / N: place plays no part.
     `guessed` is the share of cells whose expert is the most frequent one there in other persons, of the same heads.
     """
     heads = np.random.default_rng(seed).permutation(len(routes))[:MAX_HEADS]
-    served = np.stack([routes.served(head) for head in heads])  # [N, C, E]
+    first = routes.expert[heads, :, 0]
+    served = (first[..., None] == np.arange(routes.num_experts)).astype(np.float32)  # [N, C, E]
     routed = served.sum(-1)
     draws = np.random.default_rng(seed).multinomial(len(heads), np.full(len(heads), 1 / len(heads)), size=200)
     drawn = [_explained(np.tensordot(d, served, 1), d @ routed) for d in draws]
@@ -110,7 +111,6 @@ def position_share(routes: Routes, seed: int = 0) -> dict[str, Any]:
     number, load = routed.sum(0).astype(int), count / count.sum()
     rng = np.random.default_rng(seed + 1)
     chance = [_explained(rng.multinomial(number, load).astype(float), number) for _ in range(200)]
-    first = routes.expert[heads, :, 0]
     guessed = share_of_same(by_place(first, routes.person[heads], routes.num_experts), first)
     return {
         "value": value,

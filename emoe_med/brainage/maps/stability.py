@@ -16,7 +16,7 @@ from emoe_med.brainage.maps.place import beyond_place, by_place
 
 THRESHOLD = 0.5
 UNSTABLE = "unstable, do not interpret"
-MIN_RUNS = 3  # two give no interval
+MIN_SEEDS = 3  # folds of one seed start alike: two seeds are one independent pair, however many folds
 DRAWS = 200  # of each baseline, and of the interval over runs
 
 
@@ -147,7 +147,7 @@ def stability(runs: Sequence[RunMap], centres_mm: np.ndarray, seed: int = 0) -> 
     for a, b in pairs:
         kinds.setdefault(_kind(runs[a], runs[b]), []).append(matches[a, b])
     return {
-        **_verdict(found["matched_r"], baselines, place, len(runs)),
+        **_verdict(found["matched_r"], baselines, place, len({run.seed for run in runs})),
         "threshold": THRESHOLD,
         "reliability": _mean_of([run.reliability for run in runs]),
         "runs": names,
@@ -247,9 +247,9 @@ def _baseline(draws: Any, judged: list[tuple[int, int]]) -> dict[str, Any]:
 
 
 def _verdict(
-    matched: Mapping[str, Any], baselines: Mapping[str, Any], place: Mapping[str, Any] | None, runs: int
+    matched: Mapping[str, Any], baselines: Mapping[str, Any], place: Mapping[str, Any] | None, seeds: int
 ) -> dict[str, Any]:
-    """Stable: at least the threshold, its interval above both baselines, and more than places alone would give."""
+    """Stable: at least the threshold, its interval above both baselines, more than places give, on three seeds."""
     value, low = matched["value"], matched["low"]
     patches, chance = (baselines[name]["matched_r"] for name in ("turned_patches", "random_router"))
     figures = f"matched r {value:.2f} [{low:.2f}, {matched['high']:.2f}] across seeds"
@@ -266,9 +266,9 @@ def _verdict(
             f"{figures}, but in one and the same head runs agree on the expert of {same:.0%} of cells, and a router "
             f"that knows the place alone does so in {alone:.0%}: the maps show places, not what is there."
         )
-    elif runs < MIN_RUNS:
-        reason = f"{figures}, but {runs} runs tell nothing of others: it needs {MIN_RUNS} or more."
-        return {"verdict": "not tested: needs more runs", "stable": None, "reason": reason}
+    elif seeds < MIN_SEEDS:
+        reason = f"{figures}, but {seeds} seeds tell nothing of others: it needs {MIN_SEEDS} or more."
+        return {"verdict": "not tested: needs more seeds", "stable": None, "reason": reason}
     else:
         reason = (
             f"{figures}: other training runs find the same regions, beyond patches at random places "

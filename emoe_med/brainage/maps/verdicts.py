@@ -42,7 +42,7 @@ def sanity(
         _outside(routes),
         _alive([run.load() for run in runs]),
     ]
-    if min(len(routes.contribution), len(routes.occlusion)) >= MIN_OCCLUDED:
+    if min(map(len, routes.influence().values()), default=0) >= MIN_OCCLUDED:
         checks.append(_occlusion(occlusion_agreement(routes, grid)))
     return {"checks": checks}
 

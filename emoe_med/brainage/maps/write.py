@@ -235,7 +235,8 @@ def write_parcels(
     sidecar = {
         "Space": space,
         "SpatialReference": index["template"],
-        "Description": "parcels of the tables; of labels of each head, the one that most heads have there",
+        "Description": "parcels of the tables; of labels of each head, the one that more than half have there, or else "
+        "a common one",
         "Subjects": index["subjects"],
         "Synthetic": index["synthetic"],
     }

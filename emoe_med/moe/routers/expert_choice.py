@@ -33,6 +33,11 @@ class ExpertChoiceRouter(Router):
         super().__init__(num_experts, top_k)
         self.weight = nn.Parameter(torch.randn(width, num_experts) * width**-0.5)
 
+    @property
+    def independent(self) -> bool:
+        """Tokens of a sample compete for the experts."""
+        return False
+
     def forward(
         self, tokens: Tensor, experts: Experts, context: Tensor | None = None, place: Place | None = None
     ) -> Routing:

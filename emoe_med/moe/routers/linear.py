@@ -67,6 +67,11 @@ class LinearRouter(Router):
         self.weight = nn.Parameter(torch.randn(width, num_experts) * (0.1 / width) ** 0.5)
         self.balance = BALANCES[options.balance](num_experts, options.balance_strength)
 
+    @property
+    def independent(self) -> bool:
+        """Tokens compete for slots where there is a capacity."""
+        return (self.options.capacity if self.training else self.options.eval_capacity) is None
+
     def forward(
         self, tokens: Tensor, experts: Experts, context: Tensor | None = None, place: Place | None = None
     ) -> Routing:

@@ -11,12 +11,23 @@ from emoe_med.brainage.net import BrainAgeNet
 from emoe_med.config import ModelConfig, MoEConfig
 from emoe_med.models.heads import TrainingAges
 
+EIGEN = {"kind": "eigen", "rank": 4}
+DEPENDENT = {
+    "ermoe": {"kind": "ermoe"},
+    "expert choice": {"kind": "expert_choice"},
+    "capacity": {"kind": "linear", "noise": 0.0, "balance": "none", "eval_capacity": 0.6},
+}
 
-def routed_net(top_k=1, head="l1", after=1):
-    moe = MoEConfig(after_block=after, num_experts=4, top_k=top_k, router={"kind": "eigen", "rank": 4})
+
+def routed_net(top_k=1, head="l1", after=1, router=EIGEN):
+    torch.manual_seed(0)
+    experts = {"kind": "eigen", "rank": 3} if router["kind"] == "ermoe" else {"kind": "mlp"}
+    moe = MoEConfig(after_block=after, num_experts=4, top_k=top_k, router=router, experts=experts)
     model = ModelConfig(channels=(8, 8, 8), pooled=after, neck=8, dropout=0.0, head=head, moe=moe)
     net = BrainAgeNet(model, TrainingAges.of([20.0, 80.0])).eval()
-    torch.nn.init.normal_(net.net.moe.experts.w2)
+    for parameter in net.net.moe.experts.parameters():
+        if not parameter.any():  # starts at zero so that the layer starts as the identity
+            torch.nn.init.normal_(parameter)
     for parameter in net.net.head.parameters():
         torch.nn.init.normal_(parameter)
     return net
@@ -88,3 +99,27 @@ def test_occlusion_is_the_head_painted_grey(blocks, size):
             block[block != 0] = GREY  # the air in the cell stays air
             assert found[cell] == pytest.approx(intact - float(net.ages(painted)[0]), abs=1e-4)
     assert np.abs(found).max() > 0.01
+
+
+@pytest.mark.parametrize("router", DEPENDENT.values(), ids=DEPENDENT.keys())
+def test_occlusion_where_tokens_compete_is_that_of_the_whole_head(router):
+    net, image = routed_net(top_k=2, router=router), head_image()
+    assert not net.net.moe.router.independent
+    found = occlusions(net, image, CellGrid(8.0, 1, 2, net.net.receptive_field(1))).reshape(4, 4, 4)
+    with torch.no_grad():
+        intact = float(net.ages(image)[0])
+        for cell in [(1, 1, 1), (3, 0, 3), (2, 2, 2), (3, 3, 1)]:
+            painted = image.clone()
+            block = painted[(0, 0, *(slice(2 * c, 2 * c + 2) for c in cell))]
+            block[block != 0] = GREY
+            assert found[cell] == pytest.approx(intact - float(net.ages(painted)[0]), abs=1e-4)
+    assert np.abs(found).max() > 0.01
+
+
+def test_slots_of_a_token_come_by_falling_gate():
+    """Expert Choice has one for each expert: the first is the first choice all the same."""
+    net = routed_net(router={"kind": "expert_choice"})
+    expert, gate = route(net, head_image())
+    assert expert.shape == gate.shape == (64, 4)
+    assert (np.diff(gate, axis=1) <= 0).all()
+    assert len(set(expert[:, 0].tolist())) == 5  # all four experts, and nobody where it is not routed

@@ -203,6 +203,7 @@ def test_without_heads_there_is_only_what_was_made(arm, maps, tmp_path):
     (maps / "viewer.html").unlink()
     assert "cells of 16 mm" in run("maps", "--run", arm).output
     assert (maps / "viewer.html").read_bytes() == page
+    assert "CLI-MANIFEST" in run("maps", "--run", arm, "--atlas", "other.nii.gz", code=2).output
     shutil.copytree(arm / "seed0-fold0", tmp_path / "seed0-fold0", ignore=shutil.ignore_patterns("expert_maps"))
     assert "name the heads by --manifest" in run("maps", "--run", tmp_path / "seed0-fold0", code=2).output
 

@@ -71,6 +71,11 @@ def test_share_of_place_by_hand():
     assert position_share(Routes.of(same, np.ones(same.shape), 2))["value"] == pytest.approx(1)
 
 
+def test_two_experts_by_place_alone_are_no_less_a_map_of_places():
+    expert = np.tile(np.array([[0, 1], [1, 2], [2, 0], [3, 1]], np.int16), (6, 1, 1))
+    assert position_share(Routes.of(expert, np.full(expert.shape, 0.5), 4))["value"] == pytest.approx(1)
+
+
 def test_a_random_router_is_within_its_own_interval():
     rng = np.random.default_rng(0)
     expert = rng.integers(4, size=(40, 300, 1)).astype(np.int16)

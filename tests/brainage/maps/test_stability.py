@@ -103,7 +103,7 @@ def test_maps_of_mere_places_are_not_to_be_interpreted():
     two = [looked(0, own), looked(1, own, (2, 0, 3, 1))]
     alike = stability([*two, looked(2, own)], CENTRES)
     assert alike["stable"] is True
-    assert stability(two, CENTRES)["verdict"] == "not tested: needs more runs"  # two give no interval
+    assert stability(two, CENTRES)["verdict"] == "not tested: needs more seeds"
     assert alike["position_only"]["same_expert"]["value"] == 1
     # of the cells 0.7 + 0.3 / 4 have the expert of their place
     assert alike["position_only"]["by_place"]["value"] == pytest.approx(0.775, abs=0.02)
@@ -127,6 +127,13 @@ def test_one_seed_tests_nothing():
     assert found["stable"] is None
     assert found["matched_r"] is None
     assert "another seed" in found["verdict"]
+
+
+def test_two_seeds_are_one_pair_however_many_folds():
+    base = smooth_map(0)
+    found = stability([run_map(seed, fold, base) for seed in range(2) for fold in range(5)], CENTRES)
+    assert found["stable"] is None
+    assert found["verdict"] == "not tested: needs more seeds"
 
 
 def test_the_reference_is_the_run_that_most_others_look_like():

@@ -77,5 +77,6 @@ def read_columns(path: Path, known: Mapping[str, str], required: Sequence[str]) 
 
 
 def session_key(session: str) -> str:
-    """Return the label that ``2``, ``ses-2`` and ``ses-2_run-1`` share."""
-    return session.casefold().split("_")[0].removeprefix("ses-")
+    """Return the label that ``2``, ``ses-2`` and ``ses-2_run-1`` share; none of ``run-1``, a run without a session."""
+    first = session.casefold().split("_")[0]
+    return "" if first.startswith(("acq-", "rec-", "run-")) else first.removeprefix("ses-")

@@ -156,11 +156,13 @@ def prepare_cohort(
 
 
 def _repeated_images(manifest: Manifest, readings: list[Reading]) -> list[Fault]:
-    """Find rows that hold the same image, also when it was compressed anew: equal volumes in the model's space."""
+    """Find rows that hold the same image, also compressed anew or under another mask: equal voxels, or volumes."""
     first: dict[str, int] = {}
     faults = []
     for scan, reading in zip(manifest.scans, readings, strict=True):
-        row = first.setdefault(reading.content, scan.row)
-        if reading.fault is None and row != scan.row:
+        if reading.fault is not None:
+            continue
+        row = min(first.setdefault(digest, scan.row) for digest in (reading.voxels, reading.content))
+        if row != scan.row:
             faults.append(Fault("MAN-IMAGE", f"same image as row {row}", str(scan.image), scan.row, manifest.path.name))
     return faults

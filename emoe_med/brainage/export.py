@@ -27,7 +27,7 @@ from emoe_med.brainage.bundle import (
 from emoe_med.brainage.model_card import INTENDED, MUST_COMPLETE, model_card
 from emoe_med.brainage.predict import Predictor
 from emoe_med.brainage.selftest import draw_scan, measure, selftest
-from emoe_med.brainage.shared import shared_metrics
+from emoe_med.brainage.shared import shareable
 from emoe_med.data.grid import box_grid
 from emoe_med.data.prepare import EXTRA, version
 from emoe_med.errors import CheckpointError, ConfigError, DataError, Fault
@@ -98,7 +98,7 @@ def _write(predictor: Predictor, run_dir: Path, folder: Path) -> None:
         "files": {name: file_entry((folder / name).read_bytes()) for name in BOUND},
     }
     write_synced(folder / CONTRACT, sealed(record))
-    metrics = shared_metrics(run_dir)
+    metrics = shareable(json.loads((run_dir / "metrics.json").read_text("utf-8")))
     path = run_dir / "environment.json"
     trained = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     write_synced(folder / CARD, model_card(predictor, metrics, trained, here).encode())

@@ -81,10 +81,19 @@ class TrainedModel:
         return cls(net, config, contract, folder, spread, familiarity)
 
     def chain(self) -> ChainOptions:
-        """Return the chain that made the training volumes."""
+        """Return the chain that made the training volumes.
+
+        Raises:
+            CheckpointError: This version of the package prepares scans otherwise, whatever the options (CKPT-CHAIN).
+        """
         data = self.contract["chain"]
         names = ChainOptions.__dataclass_fields__
-        return ChainOptions(**{name: data[name] for name in names})
+        chain = ChainOptions(**{name: data[name] for name in names})
+        if data.get("digest", chain.digest()) != chain.digest():
+            reason = f"scans go through chain {chain.digest()} here, {data['digest']} in training"
+            hint = "predict with the version that trained it, or train anew"
+            raise CheckpointError(Fault("CKPT-CHAIN", reason, str(self.folder), hint=hint))
+        return chain
 
     def age(self, image: Tensor, average: bool) -> float:
         """Predict the age in years from one cached volume; see `look`."""

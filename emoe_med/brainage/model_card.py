@@ -26,7 +26,7 @@ def model_card(
 
     Args:
         predictor: Model, age bias and interval.
-        metrics: From `shared.shared_metrics`: no group of fewer than `MIN_PERSONS` persons.
+        metrics: From `shared.shareable`: no group of fewer than `MIN_PERSONS` persons.
         trained: Content of the run's environment.json.
         exported: `environment` of the exporting machine.
     """

@@ -117,7 +117,7 @@ def _scans(source: Path, data_root: Path | None) -> tuple[list[Scan], list[Fault
     manifest, faults = inspect_manifest(source, data_root, require_age=False)
     if not manifest.scans:
         raise DataError(*faults or [Fault("PRED-NONE", "no scan in this manifest", str(source))])
-    if any(fault.row is None for fault in faults):
+    if any(fault.row is None or fault.code == "MAN-COLUMN" for fault in faults):  # of no row, but of the table
         raise DataError(*faults)
     wrong = {fault.row for fault in faults}
     return [scan for scan in manifest.scans if scan.row not in wrong], list(faults), manifest.identities

@@ -233,7 +233,7 @@ def _read_source(source: Path, data_root: Path | None, out: Path) -> Source:
     manifest, faults = inspect_manifest(source, data_root, require_age=False)
     by_row: dict[int, tuple[Fault, ...]] = {}
     for fault in faults:
-        if fault.row is None or fault.row == 1:
+        if fault.row is None or fault.code == "MAN-COLUMN":  # of no row, but of the table
             raise DataError(*faults)
         by_row[fault.row] = (*by_row.get(fault.row, ()), fault)
     table = records(read_table(source), Refusals(source.name))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from emoe_med.brainage.preprocess_page import picture
 from emoe_med.data.files import replace_file
 from emoe_med.data.prepare import EXTRA, SPACE, Preparation, Prepared, version
-from emoe_med.data.scan import Scan
+from emoe_med.data.scan import Scan, person_key
 from emoe_med.data.volume import file_digest, write_volume
 from emoe_med.errors import VolumeError
 from emoe_med.training.run_folder import storage_error
@@ -49,21 +49,35 @@ class Outputs:
 
 
 def stems(scans: Iterable[Scan]) -> list[str]:
-    """Name each scan `sub-X[/ses-Y]/anat/sub-X[_ses-Y][_run-Z]`, with letters and digits alone, no name twice."""
+    """Name each scan `sub-X[/ses-Y]/anat/sub-X[_ses-Y][_run-Z]`, with letters and digits alone, no name twice.
+
+    Every person has one `sub-X` of their own: two ids may have the same letters.
+    """
     taken: dict[str, int] = {}
+    subjects: dict[str, str] = {}
     names = []
     for scan in scans:
-        person = scan.participant_id.removeprefix("sub-")
-        if "/" in person:  # a nameless row goes by its path
-            person = Path(person).name.split(".")[0]
-        parts = [f"sub-{_letters(person) or 'x'}", *_entities(scan.session_id)]
+        person = person_key(scan.participant_id)
+        if person not in subjects:
+            subjects[person] = _subject(scan, {name.casefold() for name in subjects.values()})
+        parts = [subjects[person], *_entities(scan.session_id)]
         stem = "_".join(parts)
         if taken.setdefault(stem.casefold(), scan.row) != scan.row:
-            parts[0] += f"row{scan.row}"
+            parts.append(f"acq-row{scan.row}")
             stem = "_".join(parts)
         folder = [parts[0], *(part for part in parts[1:2] if part.startswith("ses-")), "anat"]
         names.append("/".join([*folder, stem]))
     return names
+
+
+def _subject(scan: Scan, taken: Collection[str]) -> str:
+    person = scan.participant_id.removeprefix("sub-")
+    if "/" in person:  # a nameless row goes by its path
+        person = Path(person).name.split(".")[0]
+    name = f"sub-{_letters(person) or 'x'}"
+    while name.casefold() in taken:
+        name += f"row{scan.row}"
+    return name
 
 
 def _entities(session: str) -> Iterable[str]:

@@ -113,9 +113,10 @@ def _one_a_session(scans: pd.DataFrame) -> pd.DataFrame:
     """
     label = scans.get("session_id", pd.Series("", scans.index)).fillna("")
     age = scans.get("age", pd.Series(np.nan, scans.index))
+    session = label.map(session_key)
     scans = scans.assign(
         participant_id=scans["participant_id"].map(person_key),
-        session=label.map(session_key).where(label != "", age.astype(str)),
+        session=session.where(session != "", age.astype(str)),
         label=label.str.replace(r"\d+", lambda digits: digits[0].zfill(12), regex=True),
     )
     scans = scans.sort_values("label", kind="stable").drop_duplicates(["participant_id", "session"])

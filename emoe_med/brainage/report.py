@@ -28,7 +28,7 @@ from emoe_med.brainage.report_page import (
     section,
     table,
 )
-from emoe_med.brainage.shared import without_small_groups
+from emoe_med.brainage.shared import shareable
 from emoe_med.config import read_yaml
 from emoe_med.errors import DataError, Fault
 from emoe_med.training.journal import read_journal
@@ -92,6 +92,7 @@ def write_report(run_dir: Path, shared: bool = False) -> Path:
         hint = "evaluate the run first"
         raise DataError(*(Fault("RUN-METRICS", "is missing", file=str(path), hint=hint) for path in missing))
     metrics = json.loads(needed[0].read_text("utf-8"))
+    metrics = shareable(metrics) if shared else metrics
     environment = _read_json(run_dir / "environment.json")
     config = read_yaml(run_dir / "config.yaml") if (run_dir / "config.yaml").is_file() else {}
     paths = {split: run_dir / "predictions" / f"{split}.csv" for split in ("test", "val")}
@@ -99,7 +100,7 @@ def write_report(run_dir: Path, shared: bool = False) -> Path:
     sections = [
         _headline(metrics),
         "" if shared else _figures(predictions["test"], metrics),
-        _strata(without_small_groups(metrics) if shared else metrics),
+        _strata(metrics),
         interval_section(metrics),
         _corrected(metrics),
         _routing(metrics),

@@ -57,8 +57,9 @@ def read_flirt(path: Path) -> np.ndarray:
         reason = "is not a linear transform of 4 lines of 4 numbers, as FSL's flirt writes it"
         raise VolumeError(Fault("VOL-TRANSFORM", reason, str(path)))
     scales = np.linalg.svd(matrix[:3, :3], compute_uv=False)
+    mirrors = np.linalg.det(matrix[:3, :3]) <= 0  # FSL's millimetres have one handedness: no flirt swaps left and right
     low, high = _SCALES
-    if not np.array_equal(matrix[3], [0, 0, 0, 1]) or not low < scales.min() <= scales.max() < high:
+    if mirrors or not np.array_equal(matrix[3], [0, 0, 0, 1]) or not low < scales.min() <= scales.max() < high:
         raise VolumeError(Fault("VOL-TRANSFORM", "is no linear transform of a head", str(path)))
     return matrix
 

@@ -45,13 +45,18 @@ class KnownReadings:
                     self.known[key] = text
 
     def get(self, key: str | None) -> Reading | None:
-        """Return the reading of an entry, if it is known."""
-        text = self.known.get(key or "")
-        return Reading.of(json.loads(text)) if text else None
+        """Return the reading of an entry, if it is known; a damaged line is as good as none."""
+        try:
+            return Reading.of(json.loads(self.known[key or ""]))
+        except (KeyError, TypeError, ValueError):
+            return None
 
     def add(self, readings: Iterable[tuple[str | None, Reading]]) -> None:
         """Remember the readings that have an entry and no fault."""
         lines = [f"{key} {json.dumps(asdict(reading))}\n" for key, reading in readings if key and not reading.fault]
         if lines:
-            with self.file.open("a") as memory:
+            with self.file.open("a+") as memory:
+                memory.seek(max(0, self.file.stat().st_size - 1))
+                if memory.read(1) not in ("", "\n"):
+                    lines.insert(0, "\n")  # the last one was cut short: it shall not swallow the next
                 memory.writelines(lines)

@@ -57,9 +57,17 @@ Pairs = Iterator[tuple[Path, Path | None]]
 
 
 def _freesurfer(folder: Path) -> Pairs:
-    for mri in [*folder.glob("mri"), *folder.glob("*/mri")]:
+    """Of the longitudinal stream each visit once: neither the template of a person nor a second copy of a visit."""
+    mris = [*folder.glob("mri"), *folder.glob("*/mri")]
+    names = {mri.parent.name for mri in mris}
+    copies = [name.split(".long.", 1) for name in names if ".long." in name]
+    passed_over = names & {part for visit, base in copies for part in (base, f"{visit}.long.{base}" * (visit in names))}
+    if passed_over:
+        what = "%d templates and copies of visits of FreeSurfer's longitudinal stream are left out"
+        LOG.warning(f"note: {what}", len(passed_over))
+    for mri in mris:
         images = [mri / name for name in ("T1.mgz", "orig.mgz") if (mri / name).is_file()]
-        if images and mri.parent.name not in ("fsaverage", "fsaverage5", "fsaverage6"):
+        if images and mri.parent.name not in {"fsaverage", "fsaverage5", "fsaverage6", *passed_over}:
             yield images[0], _there(mri / "brainmask.mgz")
 
 

@@ -409,12 +409,12 @@ def test_compare_refuses_arms_that_saw_other_scans(trained, tmp_path):
 def test_what_is_tracked_shows_no_single_person(trained):
     for page in (trained / "mlartifacts").rglob("report.html"):
         assert "predicted age, years" not in page.read_text()
-        assert "<img" not in page.read_text().split("By age")[0]
+        assert "<img" not in page.read_text().split("<h2>Routing")[0]
     for path in (trained / "mlartifacts").rglob("metrics.json"):
         metrics = json.loads(path.read_text())
         groups = [found["mae"]["n"] for key in ("by_age", "by_sex", "by_site") for found in metrics[key].values()]
         assert all(n >= 5 for n in groups)
-        assert "age_low" not in metrics["counts"]["test"]
+        assert metrics["counts"]["test"]["age_low"] % 5 == 0  # of nobody
 
 
 def test_the_demo_leaves_other_folders_alone(tmp_path):

@@ -2,18 +2,21 @@
 
 import shutil
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from emoe_med.brainage.cohort import chain_options, prepare_cohort
+from emoe_med.brainage.inference import TrainedModel
 from emoe_med.brainage.net import BrainAgeNet
+from emoe_med.brainage.predict import _scans
 from emoe_med.config import BrainAgeConfig, ModelConfig, MoEConfig
 from emoe_med.data.brain import ChainOptions
 from emoe_med.data.cohort import write_cohort
 from emoe_med.data.manifest import read_manifest
-from emoe_med.errors import DataError
+from emoe_med.errors import CheckpointError, DataError
 from emoe_med.models.heads import TrainingAges
 from emoe_med.moe import RoutingStats, branch_norms, collected_routing, permuted_routing, without_branch
 
@@ -110,3 +113,33 @@ def test_one_image_in_two_rows_is_refused(cohort, tmp_path):
     with pytest.raises(DataError, match="same image as row 2") as refused:
         prepare_cohort(manifest, ChainOptions(16, "centred"), tmp_path / "cache")
     assert refused.value.faults[0].row == 5
+
+
+def test_one_image_under_another_mask_is_refused_all_the_same(cohort, tmp_path):
+    table = pd.read_csv(cohort)
+    table.loc[3, "image"] = "twin.nii.gz"
+    shutil.copyfile(cohort.parent / table.loc[0, "image"], cohort.parent / "twin.nii.gz")
+    mask = nib.load(cohort.parent / table.loc[0, "mask"])
+    voxels = np.asarray(mask.dataobj).copy()
+    voxels[tuple(np.argwhere(voxels)[0])] = 0
+    nib.save(nib.Nifti1Image(voxels, mask.affine), cohort.parent / "other_mask.nii.gz")
+    table.loc[3, "mask"] = "other_mask.nii.gz"
+    table.drop(columns="labels").to_csv(tmp_path / "twice.csv", index=False)
+    with pytest.raises(DataError, match="same image as row 2"):
+        prepare_cohort(
+            read_manifest(tmp_path / "twice.csv", cohort.parent), ChainOptions(16, "centred"), tmp_path / "cache"
+        )
+
+
+def test_a_chain_of_another_version_is_refused_before_any_scan():
+    contract = {"chain": ChainOptions(4.0, "centred").contract()}
+    assert TrainedModel(routed_net(), CONFIG, contract).chain() == ChainOptions(4.0, "centred")
+    contract["chain"]["digest"] = "of an older version"
+    with pytest.raises(CheckpointError, match="CKPT-CHAIN"):
+        TrainedModel(routed_net(), CONFIG, contract).chain()
+
+
+def test_a_column_that_is_misspelt_is_no_scan(cohort, tmp_path):
+    pd.read_csv(cohort).rename(columns={"mask": "masks"}).to_csv(tmp_path / "m.csv", index=False)
+    with pytest.raises(DataError, match="MAN-COLUMN"):
+        _scans(tmp_path / "m.csv", cohort.parent)

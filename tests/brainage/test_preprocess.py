@@ -250,6 +250,21 @@ def test_names_are_bids_labels_and_never_twice():
     ]
 
 
+def test_two_persons_of_the_same_letters_share_no_folder():
+    scans = [("1-12", "ses-1"), ("11-2", "ses-1"), ("11-2", "ses-2"), ("sub-1-12", "ses-2"), ("1-12", "ses-2")]
+    rows = [
+        Scan(row=row, image=Path("x"), age=None, participant_id=person, session_id=session)
+        for row, (person, session) in enumerate(scans, start=2)
+    ]
+    assert stems(rows) == [
+        "sub-112/ses-1/anat/sub-112_ses-1",
+        "sub-112row3/ses-1/anat/sub-112row3_ses-1",
+        "sub-112row3/ses-2/anat/sub-112row3_ses-2",
+        "sub-112/ses-2/anat/sub-112_ses-2",
+        "sub-112/ses-2/anat/sub-112_ses-2_acq-row6",
+    ]
+
+
 # Real heads
 
 

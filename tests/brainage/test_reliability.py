@@ -148,6 +148,15 @@ def test_runs_of_one_visit_are_no_sessions(predictions):
     assert found["repeats"] == again["predicted_age"].notna().sum() + 1
 
 
+def test_runs_without_a_session_are_of_one_visit(predictions):
+    table = pd.read_csv(predictions, dtype={"participant_id": "str", "session_id": "str"})
+    first = table[table["session_id"] == "0"].assign(age=40.0)
+    both = pd.concat([first.assign(session_id=f"run-{run}") for run in (1, 2)])
+    both.to_csv(predictions, index=False)
+    with pytest.raises(DataError, match="REL-FEW"):
+        reliability(predictions, bootstrap=QUICK)
+
+
 def test_sessions_come_in_the_order_of_their_numbers_and_persons_by_any_spelling(tmp_path):
     rows = [
         (f"{'sub-' if s == '10' else ''}p{i}", s, i + (5 if s == "10" else 0)) for i in range(4) for s in ("10", "2")

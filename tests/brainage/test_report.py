@@ -12,6 +12,7 @@ import pytest
 from emoe_med.brainage.bias import fit_age_bias
 from emoe_med.brainage.metrics import Bootstrap, evaluate
 from emoe_med.brainage.report import write_report
+from emoe_med.brainage.shared import shareable
 from emoe_med.errors import DataError
 from emoe_med.training.journal import Journal
 
@@ -194,3 +195,26 @@ def test_an_unevaluated_run_is_refused_with_every_missing_file(tmp_path):
         write_report(tmp_path)
     assert len(caught.value.faults) == 2
     assert not (tmp_path / "report").exists()
+
+
+def test_what_may_leave_gives_back_no_small_group_and_no_exact_age():
+    def row(n, mae=5.0):
+        return {"mae": {"value": mae, "n": n}}
+
+    found = shareable(
+        {
+            "test": {"mae": {"value": 6.0, "n": 30}},
+            "by_sex": {"F": row(28), "M": row(2), "macro_mean": row(30)},  # 30 less 28 would tell the two
+            "by_site": {"a": row(22), "b": row(4), "c": row(4), "macro_mean": row(30)},
+            "by_age": {"20-29": row(15), "30-39": row(15), "macro_mean": row(30)},
+            "training_median_age": 47.32,
+            "counts": {"test": {"persons": 30, "age_low": 20.4, "age_high": 81.2}},
+            "corrected": {"bias": {"slope": 0.8, "age_low": 25.0, "age_high": 93.17}},
+        }
+    )
+    assert found["by_sex"] == {}
+    assert set(found["by_site"]) == {"a"}
+    assert set(found["by_age"]) == {"20-29", "30-39", "macro_mean"}
+    assert found["training_median_age"] == 47
+    assert found["counts"]["test"] == {"persons": 30, "age_low": 20, "age_high": 85}
+    assert found["corrected"]["bias"] == {"slope": 0.8, "age_low": 25, "age_high": 95}

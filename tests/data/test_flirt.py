@@ -85,6 +85,7 @@ def test_the_header_s_voxel_size_counts_where_the_sform_tells_another(tmp_path):
         "1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 2\n",
         "1 0 0 0\n0 1 0 0\n0 0 0 0\n0 0 0 1\n",
         "1 0 0 0\n0 9 0 0\n0 0 1 0\n0 0 0 1\n",
+        "-1 0 0 181\n0 1 0 0\n0 0 1 0\n0 0 0 1\n",  # swaps left and right
         "1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n" + " " * 5000,
         "1 0 0 0\n0 1 0 0\n0 0 1 ü\n0 0 0 1\n",
     ],

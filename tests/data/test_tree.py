@@ -18,6 +18,9 @@ DEEPMRIPREP += ["sub-01/anat/mri/mwp1sub-01_T1w.nii.gz"]
 RAW = ["sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz", "sub-01/func/sub-01_bold.nii.gz"]
 RAW += ["derivatives/fsl/sub-01/anat/sub-01_T1w.nii.gz", "sub-02/ses-1/anat/sub-02_ses-1_T1w.nii"]
 OURS = [f"sub-01/anat/sub-01_space-T_res-2_desc-{name}" for name in ("preproc_T1w.nii.gz", "brain_mask.nii.gz")]
+# the template of sub-01, its visits and their copies in the template's space; sub-02 has such a copy alone
+LONGITUDINAL = ["sub-01", "sub-01_ses-1", "sub-01_ses-1.long.sub-01", "sub-01_ses-2", "sub-01_ses-2.long.sub-01"]
+LONGITUDINAL = [f"{name}/mri/T1.mgz" for name in (*LONGITUDINAL, "sub-02", "sub-02_ses-1.long.sub-02")]
 PLAIN = ["a.nii.gz", "b/c.MGZ", "a_mask.nii.gz", "a_seg.nii", "notes.txt"]
 
 
@@ -25,6 +28,14 @@ PLAIN = ["a.nii.gz", "b/c.MGZ", "a_mask.nii.gz", "a_seg.nii", "notes.txt"]
     ("files", "expected"),
     [
         (FREESURFER, [("bert", "", "T1.mgz", "brainmask.mgz"), ("sub-02", "ses-1", "orig.mgz", None)]),
+        (
+            LONGITUDINAL,
+            [
+                ("sub-01", "ses-1", "T1.mgz", None),
+                ("sub-01", "ses-2", "T1.mgz", None),
+                ("sub-02", "ses-1", "T1.mgz", None),
+            ],
+        ),
         (
             FMRIPREP,
             [

@@ -74,13 +74,17 @@ def make_maps(folder: Path, manifest: Manifest, cache_dir: Path, options: MapOpt
     """Make the maps of a run or an arm from the heads of a manifest, and return their folder.
 
     Heads that a run did not learn from are taken: its test fold of the manifest that it was trained on, or all
-    heads of another one.
+    heads of another one. Raw heads go through the steps of the training scans first, as in `predict`.
 
     Raises:
         EmoeError: No routed layer, cells above 16 mm, an atlas for unaligned heads, fewer than 20 persons.
     """
     runs = runs_in(folder)
     models = [TrainedModel.load(run) for run in runs]
+    scans, unusable = prepared_like(models[0].contract, manifest.scans, cache_dir, jobs)
+    if unusable:
+        raise DataError(*(replace(fault, manifest=manifest.path.name) for fault in unusable))
+    manifest = replace(manifest, scans=tuple(scans))
     cohort = prepare_cohort(manifest, models[0].chain(), cache_dir, jobs, counted("reading scans"))
     heads = [_heads(run, m, cohort, options.everyone) for run, m in zip(runs, models, strict=True)]
     return write_all(folder, runs, models, cohort, heads, options)

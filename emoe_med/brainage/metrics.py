@@ -85,7 +85,7 @@ def accuracy(
         age: [S] ages in years, finite.
         predicted_age: [S] predictions in years, finite.
         persons: [S] id of the person of each scan; used for drawing, never written.
-        training_median: Median age of the training persons, years: the predictor that ``skill`` is against.
+        training_median: Median age over the training scans, years: the predictor that ``skill`` is against.
         bootstrap: Draws, seed and level of the intervals.
 
     Returns:
@@ -248,7 +248,7 @@ def evaluate(
     Args:
         test: Columns participant_id, age, predicted_age; sex and site if known; predicted_age_corrected with
             ``bias``. Rows without age or prediction are counted and not scored.
-        training_median: Median age of the training persons, years.
+        training_median: Median age over the training scans, years.
         val: The same for the validation persons.
         bias: The correction that made predicted_age_corrected.
         bootstrap: Draws, seed and level of the intervals.

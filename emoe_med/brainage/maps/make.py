@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from emoe_med.brainage.maps.routes import Routes, joined
 from emoe_med.brainage.maps.stability import RunMap, match_experts, reference_run, reliability, stability
 from emoe_med.brainage.maps.verdicts import sanity
 from emoe_med.brainage.maps.write import group_maps, write_json, write_maps, write_parcels, write_tables
+from emoe_med.brainage.prepared import prepared_like
 from emoe_med.data.manifest import Manifest
 from emoe_med.errors import ConfigError, DataError, EmoeError, Fault
 from emoe_med.training.progress import counted

@@ -40,6 +40,7 @@ th, td {{ text-align: left; vertical-align: top; padding: .3em .7em .3em 0; bord
 th {{ border-bottom: 2px solid #c3ccd5; }}
 .facts td:first-child {{ color: #5b6875; width: 40%; }}
 .facts td {{ overflow-wrap: anywhere; }}
+.figures td:not(:first-child):not(:last-child) {{ white-space: nowrap; }}
 .strata {{ table-layout: fixed; }}
 .strata th:nth-child(1) {{ width: 22%; }}
 .strata th:nth-child(2) {{ width: 9%; }}

@@ -170,7 +170,7 @@ def html(pipeline: Pipeline, jobs: Sequence[Job], columns: Sequence[ColumnOfCell
     for part in columns:
         header, rows = lines(part)
         marked = [[_bold(escape(cell)) for cell in row] for row in rows]
-        parts.append(f"<section><h2>{escape(part.column.name)}</h2>{report_page.table(header, marked)}</section>")
+        parts.append(report_page.section(escape(part.column.name), report_page.table(header, marked, "figures")))
     parts.append(
         "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in remarks(pipeline, jobs, columns, out)) + "</ul>"
     )

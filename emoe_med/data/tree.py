@@ -63,8 +63,7 @@ def _freesurfer(folder: Path) -> Pairs:
     copies = [name.split(".long.", 1) for name in names if ".long." in name]
     passed_over = names & {part for visit, base in copies for part in (base, f"{visit}.long.{base}" * (visit in names))}
     if passed_over:
-        what = "%d templates and copies of visits of FreeSurfer's longitudinal stream are left out"
-        LOG.warning(f"note: {what}", len(passed_over))
+        LOG.warning("note: %d templates and second copies of a longitudinal stream are left out", len(passed_over))
     for mri in mris:
         images = [mri / name for name in ("T1.mgz", "orig.mgz") if (mri / name).is_file()]
         if images and mri.parent.name not in {"fsaverage", "fsaverage5", "fsaverage6", *passed_over}:

@@ -7,6 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "emoe_med"
 LEVELS = {
     "errors": 0,
+    "storage": 1,
     "moe": 1,
     "models": 2,
     "data": 2,

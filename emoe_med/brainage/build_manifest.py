@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 
 from emoe_med.brainage.age_table import session_key
-from emoe_med.data.files import replace_file
 from emoe_med.data.scan import SEXES, parse_age
 from emoe_med.errors import DataError, Fault
+from emoe_med.storage import replace_file
 
 BASE_COLUMNS = ("participant_id", "session_id", "image", "age", "sex", "site")
 # written where any row has a value

@@ -18,13 +18,13 @@ import numpy as np
 import pandas as pd
 
 from emoe_med.brainage.check_page import scans_page, thumbnail
-from emoe_med.data.files import replace_file
 from emoe_med.data.flirt import given_matrix
 from emoe_med.data.limits import DEFAULT_LIMITS, VolumeLimits
 from emoe_med.data.manifest import Manifest, Scan, inspect_manifest
 from emoe_med.data.splits import persons, split_faults
 from emoe_med.data.volume import Volume, file_digest, read_volume, voxel_digest
 from emoe_med.errors import DataError, Fault, StorageError, VolumeError
+from emoe_med.storage import replace_file
 
 COLUMNS = ("row", "status", "code", "reason", "shape", "spacing_mm", "file_sha256", "voxel_sha256")
 _GRID_TOLERANCE_MM = 0.1

@@ -27,12 +27,12 @@ from emoe_med.data.manifest import Manifest
 from emoe_med.errors import DataError, Fault
 from emoe_med.models.deep_moe import DeepMoE
 from emoe_med.models.single_gated import SingleGated
+from emoe_med.storage import replace_file
 from emoe_med.training.amend import amend
 from emoe_med.training.channel_report import describe_channels
 from emoe_med.training.gate_report import describe_gate
 from emoe_med.training.progress import counted
 from emoe_med.training.routing_report import describe_routing
-from emoe_med.training.run_folder import replace_file
 
 
 def evaluate_run(run_dir: Path, cohort: Cohort, splits: pd.DataFrame) -> dict[str, Any]:

@@ -31,8 +31,9 @@ from emoe_med.brainage.shared import shareable
 from emoe_med.data.grid import box_grid
 from emoe_med.data.prepare import EXTRA, version
 from emoe_med.errors import CheckpointError, ConfigError, DataError, Fault
+from emoe_med.storage import storage_error, write_synced
 from emoe_med.training.checkpoint import serialise
-from emoe_med.training.run_folder import environment, storage_error, write_synced
+from emoe_med.training.run_folder import environment
 from emoe_med.training.seal import file_entry, sealed
 
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"

@@ -22,9 +22,9 @@ from emoe_med.data.manifest import Scan, inspect_manifest
 from emoe_med.data.scan import identity_from_path, is_warped
 from emoe_med.data.tree import mask_beside, scans_in
 from emoe_med.errors import EXIT_PARTIAL, DataError, Fault
+from emoe_med.storage import replace_file
 from emoe_med.training.cli import say
 from emoe_med.training.progress import counted
-from emoe_med.training.run_folder import replace_file
 
 LOG = logging.getLogger("emoe_med")
 

@@ -20,13 +20,13 @@ from emoe_med.brainage.preprocess_files import Outputs, description, finished, i
 from emoe_med.brainage.preprocess_page import page
 from emoe_med.data.brain import ChainOptions
 from emoe_med.data.cache import misfit
-from emoe_med.data.files import replace_file
 from emoe_med.data.manifest import inspect_manifest
 from emoe_med.data.prepare import INSTALL, Preparation, missing_extra, odd, prepare_head, require_extra
 from emoe_med.data.scan import KNOWN, Scan
 from emoe_med.data.table import Refusals, read_table, records
 from emoe_med.data.tree import scans_in
 from emoe_med.errors import ConfigError, DataError, Fault, StorageError, VolumeError
+from emoe_med.storage import replace_file
 from emoe_med.training.parent import end_with_parent
 from emoe_med.training.run_folder import claim
 

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 
 from emoe_med.brainage.preprocess_page import picture
-from emoe_med.data.files import replace_file
 from emoe_med.data.prepare import EXTRA, SPACE, Preparation, Prepared, version
 from emoe_med.data.scan import Scan, person_key
 from emoe_med.data.volume import file_digest, write_volume
 from emoe_med.errors import VolumeError
-from emoe_med.training.run_folder import storage_error
+from emoe_med.storage import replace_file, storage_error
 
 _ENTITY = re.compile(r"(ses|acq|rec|run)-(.+)")
 _MNI_FORM = 4  # NIfTI's code for MNI space

@@ -31,8 +31,8 @@ from emoe_med.brainage.report_page import (
 from emoe_med.brainage.shared import shareable
 from emoe_med.config import read_yaml
 from emoe_med.errors import DataError, Fault
+from emoe_med.storage import replace_file
 from emoe_med.training.journal import read_journal
-from emoe_med.training.run_folder import replace_file
 
 METRICS = {  # name in metrics.json: label, what it tells
     "mae": ("MAE", "mean absolute error, years"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe_med.brainage.metrics import MIN_PERSONS
-from emoe_med.training.run_folder import replace_file
+from emoe_med.storage import replace_file
 
 _ENDS = {"age_low": 1, "age_high": -1}
 

@@ -22,6 +22,7 @@ from emoe_med.data.contract import Spread
 from emoe_med.data.manifest import Manifest
 from emoe_med.data.sidecar import strip_statement
 from emoe_med.data.splits import split_warnings
+from emoe_med.storage import replace_file
 from emoe_med.training.arm import (
     check_arm,
     check_folders,
@@ -34,7 +35,6 @@ from emoe_med.training.arm import (
 )
 from emoe_med.training.progress import counted
 from emoe_med.training.ranks import Machine, joined
-from emoe_med.training.run_folder import replace_file
 from emoe_med.training.single_gated import fit_run
 
 LOG = logging.getLogger("emoe_med")

@@ -20,8 +20,8 @@ from typing import Any
 from emoe_med.brainage.viewer_data import page_data
 from emoe_med.brainage.viewer_text import checks_html, facts_html, verdict_html
 from emoe_med.errors import DataError, Fault
+from emoe_med.storage import replace_file
 from emoe_med.training.allow_list import MIN_PERSONS
-from emoe_med.training.run_folder import replace_file
 
 SCRIPTS = ("volume.js", "slices.js", "head.js", "table.js", "main.js")
 

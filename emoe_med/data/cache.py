@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from emoe_med.data.opening import split_member
 from emoe_med.data.readings import KnownReadings, Reading
 from emoe_med.data.sidecar import Sidecar, statement, vouching
 from emoe_med.data.volume import file_digest
-from emoe_med.errors import Fault, VolumeError
+from emoe_med.errors import Fault, StorageError, VolumeError
+from emoe_med.storage import replace_file
 
 LOG = logging.getLogger("emoe_med")
 
@@ -159,7 +161,11 @@ class HeadDataset(PersistentDataset):
             raise self._with_row(error, scan) from error
 
     def _checked(self, item: dict[str, str]) -> dict[str, Any]:
-        """Return the cache entry of an item, made anew where it is missing, unreadable or damaged."""
+        """Return the cache entry of an item, made anew where it is missing, unreadable or damaged.
+
+        MONAI's own keeps what is whole in form, and moves a new entry from the system's temporary folder, which on
+        another file system is a copy that others can see half done.
+        """
         file = self.folder / f"{self._key(item).decode()}.pt"
         if file.is_file():
             try:
@@ -169,7 +175,11 @@ class HeadDataset(PersistentDataset):
             except Exception:  # torch.load has no one error for damaged files
                 LOG.debug("cache entry cannot be read: %s", file.name)
             file.unlink(missing_ok=True)
-        return self._cachecheck(item)
+        entry = self._pre_transform(dict(item))
+        content = BytesIO()
+        torch.save(entry, content)
+        replace_file(file, content.getvalue())
+        return entry
 
     @staticmethod
     def _with_row(error: BaseException, scan: Scan) -> BaseException:
@@ -197,13 +207,19 @@ class HeadDataset(PersistentDataset):
             jobs: worker processes; 0 works in this one.
             progress: wraps the finished scans, e.g. for a progress bar.
             indices: which scans; all of them if not given.
+
+        Raises:
+            StorageError: An entry cannot be written.
         """
         chosen = range(len(self)) if indices is None else indices
         known = KnownReadings(self.folder)
         readings = {index: reading for index in chosen if (reading := known.get(self._known_key(index)))}
         missing = [index for index in chosen if index not in readings]
         attempts = DataLoader(_Readings(self), batch_size=None, sampler=missing, num_workers=min(jobs, len(missing)))
-        readings |= {index: reading for index, reading in zip(progress(missing), attempts, strict=True)}
+        for index, reading in zip(progress(missing), attempts, strict=True):
+            if not isinstance(reading, Reading):
+                raise StorageError(*reading)
+            readings[index] = reading
         self.digests.recall()
         known.add((self._known_key(index), readings[index]) for index in missing)
         return [readings[index] for index in chosen]
@@ -231,10 +247,12 @@ class _Readings(TorchDataset):
     def __len__(self) -> int:
         return len(self.heads)
 
-    def __getitem__(self, index: int) -> Reading:
+    def __getitem__(self, index: int) -> Reading | Sequence[Fault]:
         try:
             entry = self.heads.entry(index)
         except VolumeError as error:
             return Reading(error.faults[0])
+        except StorageError as error:
+            return error.faults  # torch would rebuild the error of a worker from its printed text
         measured = tuple(entry["fingerprint"].tolist())
         return Reading(None, entry["digest"], entry["voxels"], float(entry["similarity"]), measured)

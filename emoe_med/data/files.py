@@ -1,20 +1,16 @@
-"""Files as bytes: told apart, read to their verified end, written whole or not at all."""
+"""Files as bytes: told apart, and read to their verified end."""
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 import zlib
-from contextlib import suppress
 from io import BufferedReader
-from pathlib import Path
 from typing import NoReturn
 from zipfile import ZipExtFile
 
 import numpy as np
 
-from emoe_med.errors import Fault, StorageError, VolumeError
+from emoe_med.errors import Fault, VolumeError
 
 GZIP_MAGIC = b"\x1f\x8b"
 _KINDS = (  # offset, magic, what it is: met under the name of a volume
@@ -153,24 +149,3 @@ class ByteStream:
             refuse("VOL-TRAIL", "bytes follow the end of the gzip stream", "copy the file again")
         self._waiting, self._member = rest, zlib.decompressobj(wbits=31)
         return True
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write aside in the same folder and rename, so that the file is whole or not there.
-
-    Raises:
-        StorageError: The disk is full, read-only or gone; an earlier file stays as it was.
-    """
-    aside = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}")  # a longer name might not fit
-    try:
-        with aside.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        reason = f"cannot be written ({error.strerror or error})"
-        raise StorageError(Fault("STORE-WRITE", reason, file=str(path))) from error
-    finally:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)

@@ -22,11 +22,12 @@ from monai.data import ImageReader
 from monai.utils import MetaKeys, SpaceKeys
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
-from emoe_med.data.files import ByteStream, check_name, refuse, replace_file
+from emoe_med.data.files import ByteStream, check_name, refuse
 from emoe_med.data.limits import DEFAULT_LIMITS, VolumeLimits, affines_differ, judge_intensity, judge_map
 from emoe_med.data.mgh import MGH_HEADER_BYTES, MGH_MAGIC, mgh_layout
 from emoe_med.data.nifti import NIFTI_HEADER_BYTES, Layout, nifti_layout
 from emoe_med.data.opening import opened
+from emoe_med.storage import replace_file
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import yaml
 from emoe_med.errors import EXIT_SIGINT, ConfigError, Fault, Interrupted
 from emoe_med.pipeline.pool import OnEnd
 from emoe_med.pipeline.work import Work, told
-from emoe_med.training.run_folder import replace_file
+from emoe_med.storage import replace_file
 
 POLL_S = 5.0
 FAILED = 1  # exit code of a job that the cluster ended

@@ -12,8 +12,8 @@ from emoe_med.pipeline.plan import Job
 from emoe_med.pipeline.schema import Pipeline
 from emoe_med.pipeline.state import counted_states, seconds_spent, state
 from emoe_med.pipeline.table import Cell, ColumnOfCells, as_frame
+from emoe_med.storage import replace_file
 from emoe_med.training.paired import Estimate
-from emoe_med.training.run_folder import replace_file
 
 NAMES = ("table.md", "table.csv")
 MIN_SEEDS = 2  # the p value of a single seed says nothing about another one

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from emoe_med.storage import replace_file
 from emoe_med.training.checkpoint import load_model_state
-from emoe_med.training.run_folder import replace_file
 from emoe_med.training.seal import sealed
 
 

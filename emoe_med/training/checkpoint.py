@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from emoe_med.errors import CheckpointError
 from emoe_med.models.state import check_tensors
-from emoe_med.training.run_folder import replace_file, storage_error, sync_folder, write_synced
+from emoe_med.storage import replace_file, storage_error, sync_folder, write_synced
 from emoe_med.training.seal import damaged, file_entry, read_whole, sealed, unsealed
 
 LOG = logging.getLogger("emoe_med")

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from emoe_med.training.run_folder import storage_error
+from emoe_med.storage import storage_error
 
 LOG = logging.getLogger("emoe_med")
 

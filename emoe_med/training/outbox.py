@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emoe_med.storage import replace_file
 from emoe_med.training import pictures, store
 from emoe_med.training.journal import read_journal
-from emoe_med.training.run_folder import replace_file
 
 if TYPE_CHECKING:
     from emoe_med.training.mlflow_store import MlflowStore

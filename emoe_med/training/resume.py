@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 
 from emoe_med.errors import EXIT_SIGINT, EXIT_SIGTERM, CheckpointError, ConfigError, Fault, Interrupted
 from emoe_med.models.state import check_tensors
+from emoe_med.storage import storage_error
 from emoe_med.training import optim, runtime
 from emoe_med.training.checkpoint import Checkpoint, CheckpointFolder, Which
-from emoe_med.training.run_folder import storage_error, write_environment
+from emoe_med.training.run_folder import write_environment
 from emoe_med.training.trainer import Position, Trainer
 
 LOG = logging.getLogger("emoe_med")

@@ -1,4 +1,4 @@
-"""A run folder has one owner at a time, is proved writable before work starts, and is never half-written."""
+"""A run folder has one owner at a time, and is proved writable before work starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 
-from emoe_med.errors import ConfigError, Fault, StorageError
+from emoe_med.errors import ConfigError, Fault
+from emoe_med.storage import replace_file, storage_error, write_synced
 
 LOG = logging.getLogger("emoe_med")
 PACKAGES = ("emoe-med", "torch", "monai", "numpy", "pandas", "nibabel", "nilearn", "safetensors", "mlflow")
@@ -96,8 +97,8 @@ def probe(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / ".probe", b"probe\n")
-        (folder / ".probe").unlink()
+        write_synced(folder / ".probe", b"probe\n")
+        (folder / ".probe").unlink(missing_ok=True)  # another process may prove the same folder
     except OSError as error:
         raise storage_error(error, folder, "output folder cannot be written") from error
 
@@ -213,36 +214,3 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "..") else "")
     except (subprocess.SubprocessError, OSError):
         return None
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names in a folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Replace a file in one step: a reader sees the old or the new content, also after a crash."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        write_synced(temporary, data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def storage_error(error: OSError, path: Path, what: str) -> StorageError:
-    """Tell what could not be written, where, and what the system said."""
-    return StorageError(Fault("STORE-WRITE", f"{what}: {error.strerror or error}", file=str(path)))

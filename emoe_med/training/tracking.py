@@ -11,11 +11,12 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from emoe_med.errors import ConfigError, Fault, Interrupted, StorageError
+from emoe_med.storage import replace_file
 from emoe_med.training import allow_list, outbox, store
 from emoe_med.training.journal import Journal
 from emoe_med.training.mlflow_store import MlflowStore
 from emoe_med.training.pictures import Picture
-from emoe_med.training.run_folder import claim, replace_file
+from emoe_med.training.run_folder import claim
 
 LOG = logging.getLogger("emoe_med")
 LAST_WAIT_S = {"sqlite": 60.0, "http": 5.0, "https": 5.0}  # a local file gets there; a server may be dead

@@ -24,13 +24,13 @@ from emoe_med.errors import CheckpointError, DataError, Fault
 from emoe_med.models.deep_moe import DeepMoE
 from emoe_med.models.output import ModelOutput
 from emoe_med.models.single_gated import SingleGated
+from emoe_med.storage import replace_file
 from emoe_med.training.channel_report import describe_channels
 from emoe_med.training.checkpoint import MODEL_FILE, CheckpointFolder, load_model_weights
 from emoe_med.training.gate_report import describe_gate
 from emoe_med.training.journal import read_journal
 from emoe_med.training.loader import make_loader, mixed, read_batches
 from emoe_med.training.routing_report import describe_routing
-from emoe_med.training.run_folder import replace_file
 from emoe_med.training.task import MapDataset
 from emoe_med.vision.config import VisionConfig
 from emoe_med.vision.metrics import Estimate, accuracy, mean_estimate

@@ -21,9 +21,9 @@ from torch.utils.data import Subset
 from emoe_med.data.image_layouts import Files, Listing, Pixels
 from emoe_med.data.images import DATASETS, ImageDataset, list_images, split
 from emoe_med.errors import DataError, Fault
+from emoe_med.storage import replace_file
 from emoe_med.training.arm import check_same
 from emoe_med.training.paired import estimate_of_draws
-from emoe_med.training.run_folder import replace_file
 from emoe_med.training.task import MapDataset
 from emoe_med.vision.evaluate import TrainedClassifier, read_back
 

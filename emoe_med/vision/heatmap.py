@@ -17,8 +17,8 @@ from emoe_med.data.image_layouts import Listing
 from emoe_med.data.images import ImageDataset, list_images
 from emoe_med.errors import ConfigError, Fault
 from emoe_med.models.vit import ViT
+from emoe_med.storage import replace_file
 from emoe_med.training.arm import check_same
-from emoe_med.training.run_folder import replace_file
 from emoe_med.training.task import MapDataset
 from emoe_med.vision.evaluate import TrainedClassifier
 from emoe_med.vision.heatmap_page import heatmap_page

@@ -17,6 +17,7 @@ from emoe_med.data.images import DATASETS, ImageDataset, list_images, split
 from emoe_med.errors import CheckpointError, ConfigError, Fault
 from emoe_med.models.normalisation import flaw
 from emoe_med.models.weights import ViTWeights, read_weights
+from emoe_med.storage import replace_file
 from emoe_med.training.arm import (
     check_arm,
     check_folders,
@@ -28,7 +29,6 @@ from emoe_med.training.arm import (
     tracked,
 )
 from emoe_med.training.ranks import Machine, joined
-from emoe_med.training.run_folder import replace_file
 from emoe_med.training.single_gated import fit_run
 from emoe_med.training.tracking import Tracker
 from emoe_med.vision.config import VisionConfig

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from emoe_med.data.files import replace_file
 from emoe_med.errors import CheckpointError, ConfigError, Fault
 from emoe_med.models.resnet import ResNet, ResNetOptions
 from emoe_med.models.state import axis_size, check_tensors
 from emoe_med.models.weights import ViTWeights, check_whole, read_foreign, resized, write_weights
+from emoe_med.storage import replace_file
 
 
 def import_file(

@@ -1,19 +1,21 @@
 """The deterministic chain and its cache, on small heads made of ellipsoids."""
 
 import hashlib
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_disk import small_disk
 
 from emoe_med.data.brain import ChainOptions
 from emoe_med.data.cache import FileDigests, HeadDataset
 from emoe_med.data.grid import box_grid
 from emoe_med.data.manifest import Scan
 from emoe_med.data.volume import write_volume
-from emoe_med.errors import VolumeError
+from emoe_med.errors import StorageError, VolumeError
 
 CENTRED = ChainOptions(spacing_mm=8, align="centred")
 
@@ -176,6 +178,21 @@ def test_damaged_entries_are_never_served(tmp_path):
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:length])
         assert torch.equal(heads[0]["image"], want)
+
+
+@pytest.mark.parametrize("jobs", [0, 2])
+def test_an_entry_is_written_whole_or_not_at_all(tmp_path, monkeypatch, jobs):
+    scans = [write_scan(tmp_path), write_scan(tmp_path, "b", voxels=2 * ball()[0])]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))  # it may be another file system
+    with small_disk(tmp_path / "disk", 160) as disk:
+        heads = HeadDataset(scans, CENTRED, disk)
+        (disk / "ballast").write_bytes(b"x" * 140_000)
+        with pytest.raises(StorageError, match="No space left") as caught:
+            heads.build(jobs)
+        assert "\n" not in str(caught.value)
+        assert not [path for path in heads.folder.iterdir() if path.suffix != ".csv"]
+        (disk / "ballast").unlink()
+        assert all(reading.fault is None for reading in heads.build(jobs))
 
 
 def test_a_second_start_reads_no_file(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ import torch
 from small_disk import small_disk
 from torch import nn
 
+from emoe_med import storage
 from emoe_med.errors import CheckpointError, StorageError
-from emoe_med.training import run_folder
 from emoe_med.training.checkpoint import (
     CheckpointFolder,
     load_checkpoint,
@@ -297,7 +297,7 @@ def test_a_full_disk_leaves_no_stump_and_the_old_checkpoint(tmp_path, monkeypatc
 def test_what_reads_back_differently_is_no_checkpoint(tmp_path, monkeypatch):
     folder = CheckpointFolder(tmp_path)
     save(folder, 10)
-    honest = run_folder.write_synced
+    honest = storage.write_synced
 
     def lossy(path, data):
         honest(path, data[:-1] + b"?" if path.name == "model.safetensors" else data)

@@ -12,7 +12,7 @@ import torch
 from small_disk import small_disk
 
 from emoe_med.errors import ConfigError, StorageError
-from emoe_med.training.run_folder import claim, environment, git_commit, replace_file, write_environment
+from emoe_med.training.run_folder import claim, environment, git_commit, write_environment
 
 HOLD = "import sys, pathlib, time; from emoe_med.training.run_folder import claim\n"
 HOLD += "with claim(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
@@ -92,15 +92,6 @@ def test_local_log_has_the_package_s_messages(tmp_path):
         logging.getLogger("emoe_med").warning("rows %s", [3, 4])
     logging.getLogger("emoe_med").warning("after the run")
     assert (tmp_path / "local.log").read_text().endswith("WARNING rows [3, 4]\n")
-
-
-def test_replacing_a_file_leaves_the_old_one_if_it_fails(tmp_path):
-    with small_disk(tmp_path / "disk", 64) as disk:
-        replace_file(disk / "a", b"old")
-        with pytest.raises(OSError, match="No space left"):
-            replace_file(disk / "a", b"x" * 200_000)
-        assert [path.name for path in disk.iterdir()] == ["a"]
-        assert (disk / "a").read_bytes() == b"old"
 
 
 def test_environment_names_versions_but_neither_host_nor_user(tmp_path):

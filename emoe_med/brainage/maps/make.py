@@ -28,8 +28,8 @@ from emoe_med.brainage.maps.write import group_maps, write_json, write_maps, wri
 from emoe_med.brainage.prepared import prepared_like
 from emoe_med.data.manifest import Manifest
 from emoe_med.errors import ConfigError, DataError, EmoeError, Fault
+from emoe_med.storage import replace_file
 from emoe_med.training.progress import counted
-from emoe_med.training.run_folder import replace_file
 
 LOG = logging.getLogger("emoe_med")
 MIN_PERSONS = 20  # a mean over fewer real persons could show one of them

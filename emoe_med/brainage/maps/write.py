@@ -16,8 +16,8 @@ from emoe_med.brainage.maps.cells import CellGrid
 from emoe_med.brainage.maps.routes import Routes
 from emoe_med.data.grid import box_grid
 from emoe_med.data.volume import write_volume
+from emoe_med.storage import replace_file
 from emoe_med.training.allow_list import MAP_FILE
-from emoe_med.training.run_folder import replace_file
 
 MIN_MARGIN = 0.1  # of the first over the second expert, for a cell to be given to the first
 # Okabe and Ito 2008, with Tol's indigo for black: told apart by every kind of colour vision, and from a grey brain.

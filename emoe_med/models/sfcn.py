@@ -5,7 +5,6 @@ Source: Peng et al. 2021, Medical Image Analysis 68, 101871; 2,952,936 parameter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -97,7 +96,7 @@ class SFCN(nn.Module):
         x = self.until(image, stages)
         aux_loss, routing, token_mask = x.new_zeros(()), {}, {}
         if self.moe is not None:
-            mask = self.token_mask(image, x.shape[2:])
+            mask = self.token_mask(image)
             x, routed = self.route(self.moe, x, mask)
             name = f"block{stages}"
             routing[name], token_mask[name] = routed, mask
@@ -136,9 +135,9 @@ class SFCN(nn.Module):
             copy.blocks[number] = nn.Identity()
         return copy
 
-    def token_mask(self, image: Tensor, shape: Sequence[int]) -> Tensor:
-        """Tell which cells of a map of ``shape`` hold enough of the head to be routed, [B, T] bool."""
-        share = F.adaptive_avg_pool3d((image != 0).to(image.dtype), tuple(shape))  # ty: ignore[invalid-argument-type]
+    def token_mask(self, image: Tensor) -> Tensor:
+        """Tell which cells of the routed layer hold enough of the head to be routed, [B, T] bool."""
+        share = F.avg_pool3d((image != 0).to(image.dtype), self.cell(self.moe_after or 0))
         return share.flatten(1) >= self.MIN_BRAIN_SHARE
 
     @staticmethod

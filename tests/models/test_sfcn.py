@@ -62,6 +62,16 @@ def test_only_cells_with_brain_are_routed():
     assert len(out.routing["block2"].probs) == mask.sum()
 
 
+def test_what_pooling_drops_decides_for_no_cell():
+    net = small(moe=routed_layer(16), moe_after=2).eval()
+    edge = net.cell(2)
+    image = torch.zeros(1, 1, 2 * edge + edge // 2, edge, edge)
+    image[:, :, : edge + 1] = 1
+    assert net(image).token_mask["block2"].tolist() == [[True, True]]
+    image[:, :, edge:] = 0
+    assert net(image).token_mask["block2"].tolist() == [[True, False]]
+
+
 def test_fold_space_keeps_every_voxel_in_its_cube():
     x = torch.arange(64.0).view(1, 1, 4, 4, 4)
     folded = fold_space(x, 2)

@@ -51,7 +51,7 @@ class CellGrid:
         """Return the cells of the routed layer of a network.
 
         Raises:
-            ConfigError: Nothing to map (MAPS-LAYER), or cells above 16 mm (MAPS-CELL).
+            ConfigError: Nothing to map (MAPS-LAYER), or cells above 16 mm or that do not fill the box (MAPS-CELL).
         """
         sfcn, _, after = routed_part(net)
         data = config.data
@@ -59,6 +59,9 @@ class CellGrid:
         if grid.cell_mm > MAX_CELL_MM:
             reason = f"a cell of {config.name} is {grid.cell_mm:g} mm wide, and maps stop at {MAX_CELL_MM:g} mm"
             raise ConfigError(Fault("MAPS-CELL", reason, hint="route after an earlier block"))
+        if any(size % grid.edge for size in box_grid(data.spacing_mm)[0]):
+            reason = f"cells of {config.name}, {grid.cell_mm:g} mm wide, do not fill the box of the model"
+            raise ConfigError(Fault("MAPS-CELL", reason, hint="take another spacing, or route after an earlier block"))
         return grid
 
     @property
@@ -68,7 +71,7 @@ class CellGrid:
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
-        """Cells along X, Y, Z; pooling drops the voxels that fill no cell."""
+        """Cells along X, Y, Z."""
         x, y, z = (size // self.edge for size in box_grid(self.spacing_mm)[0])
         return x, y, z
 
@@ -89,28 +92,21 @@ class CellGrid:
         return np.arange(np.prod(self.shape)).reshape(self.shape)[::-1].ravel()
 
     def spread(self, values: np.ndarray, fine: bool = False) -> np.ndarray:
-        """Give every voxel the value of its cell: [C] to [X, Y, Z] of the model's or the cache's grid.
-
-        Voxels that fill no cell get 0.
-        """
-        shape = box_grid(self.spacing_mm / (self.oversample if fine else 1))[0]
+        """Give every voxel the value of its cell: [C] to [X, Y, Z] of the model's or the cache's grid."""
         edge = self.edge * (self.oversample if fine else 1)
         block = np.asarray(values).reshape(self.shape)
         for axis in range(3):
             block = block.repeat(edge, axis)
-        full = np.zeros(shape, block.dtype)
-        full[: block.shape[0], : block.shape[1], : block.shape[2]] = block
-        return full
+        return block
 
     @cached_property
     def cell_of_voxel(self) -> np.ndarray:
-        """Cell of each voxel of the cache, [X, Y, Z] int32; -1 where it fills none."""
-        return self.spread(np.arange(1, np.prod(self.shape) + 1, dtype=np.int32), fine=True) - 1
+        """Cell of each voxel of the cache, [X, Y, Z] int32."""
+        return self.spread(np.arange(np.prod(self.shape), dtype=np.int32), fine=True)
 
     def count(self, inside: np.ndarray) -> np.ndarray:
         """Count the true voxels of the cache's grid in each cell, [C]."""
-        cells = self.cell_of_voxel[inside]
-        return np.bincount(cells[cells >= 0], minlength=int(np.prod(self.shape)))
+        return np.bincount(self.cell_of_voxel[inside], minlength=int(np.prod(self.shape)))
 
 
 def _coarser(affine: np.ndarray, edge: int) -> np.ndarray:

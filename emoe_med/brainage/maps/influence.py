@@ -35,7 +35,7 @@ def contributions(net: BrainAgeNet, image: Tensor) -> np.ndarray:
     """
     sfcn, layer, after = routed_part(net)
     before = sfcn.until(image, after)
-    mask = sfcn.token_mask(image, before.shape[2:])
+    mask = sfcn.token_mask(image)
     sample = TokenSample(size=mask.numel())
     with collected_tokens(layer, sample):
         stream, routing = sfcn.route(layer, before, mask)
@@ -80,12 +80,9 @@ def occlusions(net: BrainAgeNet, image: Tensor, grid: CellGrid) -> np.ndarray:
     sfcn, layer, after = routed_part(net)
     edge, shape = grid.edge, np.array(image.shape[2:]) // grid.edge
     reach = -(-(grid.field - edge) // (2 * edge))
-    whole = (
-        np.array(image.shape[2:]) == shape * edge
-    ).all()  # else the last voxels fill no cell and are seen all the same
-    width = np.minimum(4 * reach + 1, shape) if whole else shape
+    width = np.minimum(4 * reach + 1, shape)
     before = sfcn.until(image, after)
-    mask = sfcn.token_mask(image, before.shape[2:])
+    mask = sfcn.token_mask(image)
     intact, _ = sfcn.route(layer, before, mask)
     age = net.head.predict(sfcn.answer(sfcn.beyond(intact, after)))
     found = np.zeros(shape, np.float32)
@@ -113,10 +110,8 @@ def occlusions(net: BrainAgeNet, image: Tensor, grid: CellGrid) -> np.ndarray:
 
 
 def _painted(image: Tensor, cell: np.ndarray, start: np.ndarray, width: np.ndarray, edge: int) -> Tensor:
-    """Return the window of ``width`` cells from ``start`` on, to the box's end where it ends there, one cell grey."""
-    shape = np.array(image.shape[2:])
-    end = np.where(start + width == shape // edge, shape, (start + width) * edge)
-    crop = image[(..., *map(slice, start * edge, end))].clone()
+    """Return the window of ``width`` cells from ``start`` on, one cell grey."""
+    crop = image[(..., *map(slice, start * edge, (start + width) * edge))].clone()
     block = crop[(..., *map(slice, (cell - start) * edge, (cell - start + 1) * edge))]
     block[block != 0] = GREY
     return crop

@@ -122,7 +122,7 @@ class ParcelCounts:
         """Count labels [X, Y, Z] in the brain voxels [X, Y, Z] of one more head."""
         cells = self.parcels.grid.cell_of_voxel
         known = labels > 0
-        used = known & inside & (cells >= 0)
+        used = known & inside
         size = int(cells.max()) + 1
         keys, counts = np.unique(labels[used].astype(np.int64) * size + cells[used], return_counts=True)
         self.entries.append(((keys // size).astype(np.int32), (keys % size).astype(np.int32), counts.astype(np.int32)))

@@ -166,7 +166,7 @@ def tokens_of(net: BrainAgeNet, image: Tensor) -> tuple[Tensor, Tensor]:
     """Return what the routed layer gets of one head [1, 1, X, Y, Z]: map [1, D, X', Y', Z'] and mask [1, C]."""
     sfcn, _, after = routed_part(net)
     before = sfcn.until(image, after)
-    return before, sfcn.token_mask(image, before.shape[2:])
+    return before, sfcn.token_mask(image)
 
 
 @torch.no_grad()

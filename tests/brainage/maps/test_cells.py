@@ -63,6 +63,11 @@ def test_the_receptive_field_is_what_a_token_feels():
 def test_coarse_cells_and_plain_nets_are_refused():
     with pytest.raises(ConfigError, match="MAPS-CELL"):
         CellGrid.of(net_of(routed_config(after_block=2)), routed_config(after_block=2))
+    config = routed_config(spacing_mm=3.2)
+    assert CellGrid.of(net_of(config), config).shape == (25, 30, 25)
+    config = routed_config(stem=2, spacing_mm=3.2)
+    with pytest.raises(ConfigError, match=r"MAPS-CELL.* 12\.8 mm"):
+        CellGrid.of(net_of(config), config)
     config = routed_config(experts=1)
     with pytest.raises(ConfigError, match="MAPS-LAYER"):
         CellGrid.of(net_of(config), config)

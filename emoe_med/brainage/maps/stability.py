@@ -135,7 +135,7 @@ def stability(runs: Sequence[RunMap], centres_mm: np.ndarray, seed: int = 0) -> 
     matches = {(a, b): match_experts(maps[a], maps[b]) for a, b in pairs}
     judged = [(a, b) for a, b in pairs if runs[a].seed != runs[b].seed]
     rng = np.random.default_rng(seed)
-    found = {name: _over_runs(matches, judged, name, len(runs), rng) for name in ("matched_r", "dice")}
+    found = {name: _over_runs(matches, judged, name, runs, rng) for name in ("matched_r", "dice")}
     baselines = {
         "turned_patches": _baseline(_turned(maps, centres_mm, inside, rng), judged)
         | {"text": "patches of the same size and shape laid over the brain at random"},
@@ -204,18 +204,29 @@ def _score(match: Match, name: str) -> float:
 
 
 def _over_runs(
-    matches: Mapping[tuple[int, int], Match], judged: list[tuple[int, int]], name: str, num_runs: int, rng: Any
+    matches: Mapping[tuple[int, int], Match], judged: list[tuple[int, int]], name: str, runs: Sequence[RunMap], rng: Any
 ) -> dict[str, Any]:
-    """Mean over pairs, and its interval over runs, drawn with replacement: pairs that share a run move together."""
+    """Mean over pairs, and its interval over seeds and folds: runs that share one move together.
+
+    Both are drawn with replacement, and a run counts as often as its seed times as often as its fold (Owen and Eckles
+    2012). Of two seeds only draws of both have pairs, so that the interval is over folds alone.
+    """
     score = np.array([_score(matches[pair], name) for pair in judged])
     a, b = np.array(judged).T
     drawn = []
-    for count in rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=5 * DRAWS):
+    for _ in range(5 * DRAWS):
+        count = _redrawn([run.seed for run in runs], rng) * _redrawn([run.fold for run in runs], rng)
         weight = count[a] * count[b]
         if weight.any():
             drawn.append(weight @ score / weight.sum())
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return {"value": float(score.mean()), "low": float(low), "high": float(high), "n": num_runs}
+    return {"value": float(score.mean()), "low": float(low), "high": float(high), "n": len(runs)}
+
+
+def _redrawn(groups: Sequence[int], rng: Any) -> np.ndarray:
+    """Draw as many groups as there are, with replacement; return how often that of each run was drawn, [R]."""
+    names, index = np.unique(groups, return_inverse=True)
+    return rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[index]
 
 
 def _turned(maps: list[np.ndarray], centres_mm: np.ndarray, inside: np.ndarray, rng: Any) -> Any:

@@ -122,6 +122,20 @@ def test_the_expert_of_a_place_is_that_of_other_persons():
     assert share_of_same(expert, found).tolist() == pytest.approx([0, 0, 1 / 2, 0])
 
 
+def test_folds_that_are_copies_tell_no_more_than_one():
+    base = smooth_map(0)
+    some = np.random.default_rng(1)
+    maps = [np.where(some.random(len(base))[:, None] < share, smooth_map(9), base) for share in (0, 0.1, 0.3, 0.6)]
+    one, five = (
+        stability([run_map(seed, fold, maps[seed]) for seed in range(4) for fold in range(folds)], CENTRES)["matched_r"]
+        for folds in (1, 5)
+    )
+    assert one["value"] == pytest.approx(five["value"])
+    width = one["high"] - one["low"]
+    assert width > 0.2
+    assert five["high"] - five["low"] == pytest.approx(width, rel=0.05)
+
+
 def test_one_seed_tests_nothing():
     found = stability([run_map(0, fold, smooth_map(0)) for fold in range(3)], CENTRES)
     assert found["stable"] is None

@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from monai.networks.blocks import Convolution
 from torch import Tensor, nn
@@ -120,7 +121,8 @@ class SFCN(nn.Module):
 
     def answer(self, features: Tensor) -> Tensor:
         """Map pooled features [B, F, 1, 1, 1] to outputs [B, O]."""
-        return self.head(self.dropout(features)).flatten(1)
+        with torch.autocast(features.device.type, enabled=False):  # bfloat16 rounds an age to an eighth of a year
+            return self.head(self.dropout(features.float())).flatten(1)
 
     def _through(self, x: Tensor, blocks: range) -> Tensor:
         for number in blocks:

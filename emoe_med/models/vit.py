@@ -119,7 +119,9 @@ class ViT(nn.Module):
         masks = {
             name: (place >= length - len(found.gate) // samples).expand(samples, -1) for name, found in routing.items()
         }
-        return ModelOutput(self.head(self.pooled(tokens)), aux_loss, routing, masks)
+        with torch.autocast(image.device.type, enabled=False):  # bfloat16 rounds an age to an eighth of a year
+            output = self.head(self.pooled(tokens).float())
+        return ModelOutput(output, aux_loss, routing, masks)
 
     def features(self, image: Tensor) -> tuple[Tensor, dict[str, Routing]]:
         """Return the normalised tokens [B, P + T, D] after the last block, and the routing by layer."""

@@ -4,6 +4,7 @@ from scipy import stats
 
 from emoe_med.models.heads import L1Head, SoftLabelHead, TrainingAges
 from emoe_med.models.sfcn import SFCN, SFCNOptions, _local_mean, fold_space
+from emoe_med.models.vit import ViT, ViTOptions
 from emoe_med.moe import (
     EigenExpertOptions,
     EigenExperts,
@@ -105,6 +106,18 @@ def test_ages_are_as_fine_under_autocast_as_without():
     for found, expected in zip(low, (soft.predict(output), soft.confidence(output)), strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_the_last_layer_is_as_fine_under_autocast_as_without():
+    """Of an answer in bfloat16 ages of the L1 head would be known to an eighth of a year."""
+    net, vit = small().eval(), ViT(5, ViTOptions((8, 8), 4, 1, width=16, depth=1, heads=2)).eval()
+    torch.nn.init.normal_(vit.head.weight)
+    features = torch.randn(50, 8, 1, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(net.answer(features.bfloat16()), net.answer(features.bfloat16().float()))
+        low = vit(torch.randn(2, 1, 8, 8)).output
+    assert net.answer(features.bfloat16()).dtype == low.dtype == torch.float32
+    assert (low != low.bfloat16()).any()
 
 
 def test_l1_head_is_in_training_standard_deviations():

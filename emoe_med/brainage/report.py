@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from emoe_med.brainage import report_figures as figures
+from emoe_med.brainage.metrics import MIN_PERSONS
 from emoe_med.brainage.report_contract import interval_section, refused_section
 from emoe_med.brainage.report_page import (
     cell,
@@ -100,7 +101,7 @@ def write_report(run_dir: Path, shared: bool = False) -> Path:
     sections = [
         _headline(metrics),
         "" if shared else _figures(predictions["test"], metrics),
-        _strata(metrics),
+        _strata(metrics, shared),
         interval_section(metrics),
         _corrected(metrics),
         _routing(metrics),
@@ -170,7 +171,7 @@ def _figures(test: pd.DataFrame, metrics: Mapping[str, Any]) -> str:
     return section("Predictions", f"<div class=pair>{scatter}{pad}</div>" + note("One point per test scan."))
 
 
-def _strata(metrics: Mapping[str, Any]) -> str:
+def _strata(metrics: Mapping[str, Any], shared: bool) -> str:
     parts = []
     covered = ["Coverage"] if metrics.get("interval") else []
 
@@ -184,6 +185,9 @@ def _strata(metrics: Mapping[str, Any]) -> str:
             rows = [[plain(name, "(name not shown)"), *_stratum(strata[name]), *covers(strata[name])] for name in names]
             rows += [["mean of rows", *_stratum(strata["macro_mean"]), *covers({})]] if "macro_mean" in strata else []
             parts.append(table([title, "n", "MAE, years", "Mean error, years", *covered], rows, kind="strata"))
+    if shared:
+        text = f"Groups of fewer than {MIN_PERSONS} persons are left out, and a table whose rows would give one back."
+        parts.append(note(text))
     return section("By age, sex and site", "".join(parts)) if parts else ""
 
 

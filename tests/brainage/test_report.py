@@ -197,6 +197,13 @@ def test_an_unevaluated_run_is_refused_with_every_missing_file(tmp_path):
     assert not (tmp_path / "report").exists()
 
 
+def test_the_shared_page_tells_that_small_groups_are_left_out(tmp_path):
+    run = make_run(tmp_path / "run")
+    told = "Groups of fewer than 5 persons are left out"
+    assert told not in text_of(write_report(run).read_text("utf-8"))
+    assert told in text_of(write_report(run, shared=True).read_text("utf-8"))
+
+
 def test_what_may_leave_gives_back_no_small_group_and_no_exact_age():
     def row(n, mae=5.0):
         return {"mae": {"value": mae, "n": n}}

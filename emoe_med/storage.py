@@ -42,9 +42,10 @@ def replace_file(path: Path, content: bytes) -> None:
     try:
         write_synced(aside, content)
         aside.replace(path)
-        sync_folder(path.parent)
     except OSError as error:
         raise storage_error(error, path, "cannot be written") from error
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+    with suppress(OSError):  # the file is in place; some network drives cannot sync a folder
+        sync_folder(path.parent)

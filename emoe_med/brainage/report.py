@@ -185,7 +185,7 @@ def _strata(metrics: Mapping[str, Any], shared: bool) -> str:
             rows = [[plain(name, "(name not shown)"), *_stratum(strata[name]), *covers(strata[name])] for name in names]
             rows += [["mean of rows", *_stratum(strata["macro_mean"]), *covers({})]] if "macro_mean" in strata else []
             parts.append(table([title, "n", "MAE, years", "Mean error, years", *covered], rows, kind="strata"))
-    if shared:
+    if shared and any(key.startswith("by_") for key in metrics):
         text = f"Groups of fewer than {MIN_PERSONS} persons are left out, and a table whose rows would give one back."
         parts.append(note(text))
     return section("By age, sex and site", "".join(parts)) if parts else ""

@@ -24,7 +24,7 @@ from emoe_med.data.readings import KnownReadings, Reading
 from emoe_med.data.sidecar import Sidecar, statement, vouching
 from emoe_med.data.volume import file_digest
 from emoe_med.errors import Fault, StorageError, VolumeError
-from emoe_med.storage import replace_file
+from emoe_med.storage import replace_file, storage_error
 
 LOG = logging.getLogger("emoe_med")
 
@@ -70,9 +70,13 @@ class FileDigests:
         except OSError as error:
             raise VolumeError(Fault("VOL-MISSING", error.strerror or "cannot be read", str(path))) from error
         if key not in self.known:
-            self.known[key] = file_digest(path)
-            with self.memory.open("a") as memory:
-                memory.write(f"{key} {self.known[key]}\n")
+            digest = file_digest(path)
+            try:
+                with self.memory.open("a") as memory:
+                    memory.write(f"{key} {digest}\n")
+            except OSError as error:
+                raise storage_error(error, self.memory, "cannot be written") from error
+            self.known[key] = digest
         return self.known[key]
 
 
@@ -157,6 +161,8 @@ class HeadDataset(PersistentDataset):
             if scan.sha256 not in (None, self.digests.of(scan.image)):
                 raise VolumeError(Fault("VOL-DIGEST", "sha256 differs from the manifest's", str(scan.image)))
             return self._checked(self.data[index])
+        except StorageError:
+            raise
         except Exception as error:
             raise self._with_row(error, scan) from error
 

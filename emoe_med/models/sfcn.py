@@ -122,7 +122,7 @@ class SFCN(nn.Module):
     def answer(self, features: Tensor) -> Tensor:
         """Map pooled features [B, F, 1, 1, 1] to outputs [B, O]."""
         with torch.autocast(features.device.type, enabled=False):  # bfloat16 rounds an age to an eighth of a year
-            return self.head(self.dropout(features.float())).flatten(1)
+            return self.head(self.dropout(features.to(self.head.weight.dtype))).flatten(1)
 
     def _through(self, x: Tensor, blocks: range) -> Tensor:
         for number in blocks:
@@ -139,7 +139,7 @@ class SFCN(nn.Module):
 
     def token_mask(self, image: Tensor) -> Tensor:
         """Tell which cells of the routed layer hold enough of the head to be routed, [B, T] bool."""
-        share = F.avg_pool3d((image != 0).to(image.dtype), self.cell(self.moe_after or 0))
+        share = F.avg_pool3d((image != 0).float(), self.cell(self.moe_after or 0))
         return share.flatten(1) >= self.MIN_BRAIN_SHARE
 
     @staticmethod

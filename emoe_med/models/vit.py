@@ -120,7 +120,7 @@ class ViT(nn.Module):
             name: (place >= length - len(found.gate) // samples).expand(samples, -1) for name, found in routing.items()
         }
         with torch.autocast(image.device.type, enabled=False):  # bfloat16 rounds an age to an eighth of a year
-            output = self.head(self.pooled(tokens).float())
+            output = self.head(self.pooled(tokens).to(self.head.weight.dtype))
         return ModelOutput(output, aux_loss, routing, masks)
 
     def features(self, image: Tensor) -> tuple[Tensor, dict[str, Routing]]:

@@ -11,6 +11,7 @@ import platform
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from typing import Any, NoReturn, TextIO
 import torch
 
 from emoe_med.errors import ConfigError, Fault
-from emoe_med.storage import replace_file, storage_error, write_synced
+from emoe_med.storage import replace_file, storage_error
 
 LOG = logging.getLogger("emoe_med")
 PACKAGES = ("emoe-med", "torch", "monai", "numpy", "pandas", "nibabel", "nilearn", "safetensors", "mlflow")
@@ -97,8 +98,10 @@ def probe(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_synced(folder / ".probe", b"probe\n")
-        (folder / ".probe").unlink(missing_ok=True)  # another process may prove the same folder
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"probe\n")
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise storage_error(error, folder, "output folder cannot be written") from error
 

@@ -195,6 +195,16 @@ def test_an_entry_is_written_whole_or_not_at_all(tmp_path, monkeypatch, jobs):
         assert all(reading.fault is None for reading in heads.build(jobs))
 
 
+@pytest.mark.parametrize("jobs", [0, 2])
+def test_digests_that_cannot_be_remembered_are_one_line(tmp_path, jobs):
+    heads = HeadDataset([write_scan(tmp_path)], CENTRED, tmp_path / "cache")
+    heads.digests.memory = Path("/dev/full")
+    for _ in range(2):
+        with pytest.raises(StorageError, match="No space left") as caught:
+            heads.build(jobs)
+        assert "\n" not in str(caught.value)
+
+
 def test_a_second_start_reads_no_file(tmp_path, monkeypatch):
     scan = write_scan(tmp_path)
     HeadDataset([scan], CENTRED, tmp_path / "cache")[0]

@@ -17,7 +17,7 @@ from emoe_med.brainage.maps.place import beyond_place, by_place
 THRESHOLD = 0.5
 UNSTABLE = "unstable, do not interpret"
 MIN_SEEDS = 3  # folds of one seed start alike: two seeds are one independent pair, however many folds
-DRAWS = 200  # of each baseline, and of the interval over runs
+DRAWS = 200  # of each baseline; five times as many of the interval over seeds and folds
 
 
 @dataclass
